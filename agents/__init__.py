@@ -1,0 +1,1 @@
+"""Agent definitions and the loop that drives them."""

@@ -1,0 +1,1 @@
+"""Graders and evals; arrive with their own release."""

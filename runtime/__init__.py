@@ -1,0 +1,1 @@
+"""The durable engine, the router, and the doors of the system."""

@@ -1,0 +1,1 @@
+"""One model call: choice of a deployment, attempt, verdict."""

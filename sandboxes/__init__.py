@@ -1,0 +1,1 @@
+"""Sandboxed execution; arrives with its own release."""

@@ -1,0 +1,1 @@
+"""Tools: definition, schema, and the life of a call."""
