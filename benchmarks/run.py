@@ -1,0 +1,232 @@
+"""Runs the benchmarks: ridethrough beside other systems, interleaved in one run on one file system.
+
+    python benchmarks/run.py [--rounds 3] [--only CASE ...] [--dir DIR] [--quick] [--write]
+
+Run it with the Python that has ridethrough installed; the others are taken from benchmarks/.venv. Every round runs
+every system of a case once, one after the other, each in a process and a directory of its own, so that a noisy
+machine is equally noisy for all. Figures are medians over the rounds; ratios are medians of the ratios in a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PEERS = HERE / ".venv" / "bin" / "python"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class System:
+    name: str
+    script: str
+    variant: str = ""
+
+    @property
+    def python(self) -> str:
+        return sys.executable if self.name.startswith(("ridethrough", "python")) else str(PEERS)
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    value: Callable[[Row], float | None]
+    form: str = ".2f"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    title: str
+    systems: tuple[System, ...]
+    columns: tuple[Column, ...]
+    ratio: Column | None = None
+    """What the last column compares: this figure of the system over ridethrough's, in the same round."""
+
+
+OURS, DBOS, DBOS_WAL = (
+    System("ridethrough", "ours_engine.py"),
+    System("dbos", "dbos_engine.py"),
+    System("dbos-wal", "dbos_engine.py", "wal"),
+)
+GRAPH, DELTA = System("langgraph", "langgraph_engine.py"), System("langgraph-delta", "langgraph_engine.py", "delta")
+FLOOR = System("sqlite3 alone", "sqlite_floor.py")
+AGENTS = (
+    System("ridethrough", "ours_agent.py"),
+    System("openai-agents", "openai_agents.py"),
+    System("pydantic-ai", "pydantic_ai_agent.py"),
+    System("langgraph", "langgraph_agent.py"),
+)
+IMPORTS = (
+    "ridethrough",
+    "ridethrough, Runtime",
+    "ridethrough --help",
+    "dbos",
+    "langgraph",
+    "openai-agents",
+    "pydantic-ai",
+)
+
+
+def given(key: str, title: str, form: str = ".2f") -> Column:
+    return Column(title, lambda row: row.get(key), form)
+
+
+WALL = Column("wall s", lambda row: row["wall_s"])
+RATE = Column("steps/s", lambda row: row["n"] / row["wall_s"], ",.0f")
+CPU = Column("CPU ms/step", lambda row: row["cpu_s"] / row["n"] * 1000, ".3f")
+CPU_MS = Column("CPU ms", lambda row: row["cpu_s"] * 1000, ".0f")
+REPEATED = given("finished_steps_repeated", "finished steps run again", ".0f")
+TURN = (given("turn_1_ms", "turn 1, ms"), given("turn_1_cpu_ms", "CPU ms"))
+TURN_100 = (given("turn_100_ms", "turn 100, ms"), given("turn_100_cpu_ms", "CPU ms"), given("growth", "growth"))
+
+CASES = (
+    Case(
+        "sequential",
+        "One run of 1000 steps, one after the other",
+        (OURS, DBOS, DBOS_WAL, GRAPH, FLOOR),
+        (WALL, RATE, CPU),
+        WALL,
+    ),
+    Case("fleet", "1000 runs of 5 steps, 100 in flight", (OURS, DBOS, DBOS_WAL, GRAPH, FLOOR), (WALL, RATE, CPU), WALL),
+    Case(
+        "history",
+        "A step at history 5000 against one at history 100",
+        (OURS, DBOS, GRAPH),
+        (
+            given("early_ms", "ms at 100"),
+            given("late_ms", "ms at 5000"),
+            given("late_over_early", "5000 over 100"),
+            given("late_over_early_cpu", "the same in CPU"),
+        ),
+    ),
+    Case(
+        "replay",
+        "SIGKILL inside step 5001: a new process until that step runs again",
+        (OURS, DBOS, GRAPH),
+        (given("first_s", "s to the first new step", ".3f"), CPU_MS, REPEATED),
+        given("first_s", ""),
+    ),
+    Case(
+        "bytes",
+        "A 1 MB conversation growing by 1 KB a step",
+        (OURS, DBOS, GRAPH, DELTA),
+        (given("file_kb_per_step", "KB kept a step"), given("written_kb_per_step", "KB written a step"), CPU),
+        given("file_kb_per_step", ""),
+    ),
+    Case(
+        "recovery",
+        "SIGKILL with 200 runs inside their 4th step: a new process until all have continued, and ended",
+        (OURS, DBOS, DBOS_WAL, GRAPH),
+        (given("all_continued_s", "s, all continued"), given("all_ended_s", "s, all ended"), CPU_MS, REPEATED),
+        given("all_ended_s", ""),
+    ),
+    Case("imports", "A fresh interpreter", tuple(System(n, "imports.py", n) for n in IMPORTS), (CPU_MS,)),
+    Case("agent_memory", "One agent turn with one tool call, no store", AGENTS, (*TURN, *TURN_100), TURN[0]),
+    Case("agent_sqlite", "One agent turn with one tool call, kept in SQLite", AGENTS, (*TURN, *TURN_100), TURN[0]),
+    Case("agent_tools", "One agent turn with 20 parallel no-op tools, no store", AGENTS, TURN, TURN[1]),
+)
+
+
+def measure(system: System, case: Case, directory: Path, quick: bool) -> Row | None:
+    """One system once, in its own process and its own empty directory; None (and the reason) when it fails."""
+    place = Path(tempfile.mkdtemp(prefix=f"{case.name}-", dir=directory))
+    environment = {**os.environ, "BENCH_VARIANT": system.variant, "BENCH_SCALE": "0.1" if quick else "1"}
+    command = [system.python, str(HERE / "systems" / system.script), case.name, str(place)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            raise RuntimeError(f"status {done.returncode}\n{done.stderr[-2000:]}")
+        row: Row = json.loads(done.stdout.splitlines()[-1])
+        return row
+    except Exception as error:
+        print(f"   {system.name}: FAILED: {error}", file=sys.stderr, flush=True)
+        return None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def table(case: Case, rounds: list[dict[str, Row]]) -> list[str]:
+    heads = ["system", *(column.title for column in case.columns), *(["times ours"] if case.ratio else [])]
+    lines = [f"### {case.name}", "", f"{case.title}.", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for system in case.systems:
+        rows = [done[system.name] for done in rounds if system.name in done]
+        if not rows:
+            lines.append(f"| {system.name} |" + " failed |" + " |" * (len(heads) - 2))
+            continue
+        cells = [system.name]
+        for column in case.columns:
+            values = [value for row in rows if (value := column.value(row)) is not None]
+            cells.append(format(statistics.median(values), column.form) if values else "")
+        if case.ratio:
+            cells.append(ratio(case.ratio, system.name, rounds))
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def ratio(column: Column, name: str, rounds: list[dict[str, Row]]) -> str:
+    """The median over the rounds of this system's figure over ours in the same round."""
+    both = [done for done in rounds if name in done and OURS.name in done]
+    pairs = [(column.value(done[name]), column.value(done[OURS.name])) for done in both]
+    values = [theirs / own for theirs, own in pairs if theirs is not None and own]
+    return format(statistics.median(values), ".2f") if values else ""
+
+
+def load() -> str:
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[case.name for case in CASES], help="repeatable")
+    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where the databases go: the file system measured")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work: a smoke test, not a measurement")
+    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    options = parser.parse_args()
+    if not PEERS.exists():
+        sys.exit("benchmarks/.venv is missing. Run `make bench`, or install benchmarks/requirements-peers.txt into it.")
+
+    lines: list[str] = []
+    begun, before = time.strftime("%Y-%m-%d"), load()
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.dir) as scratch:
+        for case in CASES:
+            if options.only and case.name not in options.only:
+                continue
+            rounds: list[dict[str, Row]] = []
+            for number in range(options.rounds):
+                print(f"{case.name}, round {number + 1}, load {load()}", file=sys.stderr, flush=True)
+                results = {system.name: measure(system, case, Path(scratch), options.quick) for system in case.systems}
+                rounds.append({name: row for name, row in results.items() if row is not None})
+            lines += table(case, rounds)
+
+    note = (
+        f"{begun}, Python {platform.python_version()}, {platform.system()}, {os.cpu_count()} cores; median of "
+        f"{options.rounds} rounds; load before {before}, after {load()}."
+    )
+    only = "".join(f" --only {name}" for name in options.only or ())
+    command = f"python benchmarks/run.py --rounds {options.rounds}{only}{' --quick' if options.quick else ''}"
+    text = "\n".join([note, "", f"Made by `{command}`.", "", *lines])
+    print(text)
+    if options.write:
+        readme = HERE / "README.md"
+        head, rest = readme.read_text().split(BEGIN)
+        readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The only writer: one thread, one connection, group commit.
+
+Callers put units of work into a queue and wait. The thread takes whatever has queued, writes it in one transaction,
+wakes all callers with one call into the event loop, and goes round again. It never waits to fill a batch, so a single
+run pays one commit a step, and a hundred runs share one.
+
+Fencing happens in the same transaction: rows of a run are written only where its fence is still the writer's.
+A transaction that fails is repeated unit by unit, so that one bad unit fails alone; when the database itself is the
+trouble (full disk, lock, read-only), every unit of the batch fails with a ``StoreError`` and nothing of it is written.
+
+The thread also renews the worker's lease, so that a workflow that blocks the event loop for a while keeps its runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import anyio
+from sqlalchemy import Connection
+
+from ridethrough.runtime.errors import Error, RunConflict, StoreError
+from ridethrough.runtime.store import Record, Store
+
+_CLOSE = object()
+
+
+class Fenced(Exception):
+    """Another worker has claimed the run: this one may not write to it any more. Never reaches user code."""
+
+
+class Unit:
+    """Work that is committed as a whole, and somebody who waits for it."""
+
+    __slots__ = ("ending", "error", "fence", "operation", "result", "run_id", "run_row", "settled", "step")
+
+    def __init__(
+        self,
+        run_id: str,
+        fence: int,
+        *,
+        step: tuple[Any, ...] | None = None,
+        run_row: tuple[Any, ...] | None = None,
+        ending: Record | None = None,
+        operation: Callable[[Connection], Any] | None = None,
+    ) -> None:
+        """One of a journal row, a new run, a final status, or any operation on the transaction's connection.
+
+        ``fence`` below 0 means that the unit is not bound to a claim.
+        """
+        self.run_id = run_id
+        self.fence = fence
+        self.step = step
+        self.run_row = run_row
+        self.ending = ending
+        self.operation = operation
+        self.settled = anyio.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class Heartbeat:
+    """What the writer thread does besides writing: renew a lease every ``period`` seconds."""
+
+    def __init__(self, period: float, beat: Callable[[Connection], None]) -> None:
+        """``beat`` runs in a transaction of its own."""
+        self.period = period
+        self.beat = beat
+
+
+class Journal:
+    """The queue and the thread."""
+
+    def __init__(self, store: Store, call_soon: Callable[..., Any]) -> None:
+        """``call_soon(function, *args)`` runs a function in the event loop's thread; it must be thread-safe."""
+        self._store = store
+        self._call_soon = call_soon
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ridethrough-journal", daemon=True)
+        self._heartbeat: Heartbeat | None = None
+        self._last_beat = 0.0
+        self._connection: Connection | None = None
+        self._closed = False
+
+    def start(self, heartbeat: Heartbeat | None = None) -> None:
+        """Start the thread."""
+        self._heartbeat = heartbeat
+        self._last_beat = time.monotonic()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what has queued and end the thread. Blocks until then."""
+        self._closed = True
+        self._queue.put(_CLOSE)
+        self._thread.join()
+
+    def put(self, unit: Unit) -> Unit:
+        """Queue a unit without waiting for it."""
+        if self._closed:
+            raise StoreError("The runtime is closed: nothing can be written any more.")
+        self._queue.put(unit)
+        return unit
+
+    async def write(self, unit: Unit) -> Any:
+        """Queue a unit and wait until it is on disk; its operation's result.
+
+        Raises:
+            Fenced: the run belongs to another worker now.
+            StoreError: the database could not be written; nothing of the unit was.
+        """
+        self.put(unit)
+        await unit.settled.wait()
+        if unit.error is not None:
+            raise unit.error
+        return unit.result
+
+    async def do(self, operation: Callable[[Connection], Any], run_id: str = "", fence: int = -1) -> Any:
+        """Run an operation in a transaction of the writer and wait for its result."""
+        return await self.write(Unit(run_id, fence, operation=operation))
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            batch = self._collect()
+            closing = _CLOSE in batch
+            units = [unit for unit in batch if unit is not _CLOSE]
+            if units:
+                self._write(units)
+                self._wake(units)
+        self._drop_connection()
+
+    def _collect(self) -> list[Any]:
+        """Wait for work, keeping the lease alive, and take all there is."""
+        while True:
+            try:
+                batch = [self._queue.get(timeout=self._heartbeat.period if self._heartbeat else None)]
+                break
+            except queue.Empty:
+                self._beat()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                batch.append(self._queue.get_nowait())
+        self._beat_if_due()
+        return batch
+
+    def _wake(self, units: Sequence[Unit]) -> None:
+        # The loop may be gone when the process is being torn down; the rows are on disk all the same.
+        with contextlib.suppress(RuntimeError):
+            self._call_soon(_settle, units)
+
+    def _write(self, units: Sequence[Unit]) -> None:
+        try:
+            self._transaction(units)
+        except Exception as error:  # SQLAlchemy's errors, and the driver's own from the compiled statements
+            self._after_failure(units, error)
+
+    def _after_failure(self, units: Sequence[Unit], error: Exception) -> None:
+        if self._store.database.is_fatal(error):
+            self._drop_connection()
+            _fail(units, self._store.database.translate(error))
+        elif len(units) == 1:
+            _fail(units, error if isinstance(error, Error | Fenced) else self._store.database.translate(error))
+        else:
+            for unit in units:
+                unit.error = unit.result = None
+                self._write([unit])
+
+    def _transaction(self, units: Sequence[Unit]) -> None:
+        connection = self._connect()
+        with connection.begin():
+            start = 0
+            for index, unit in enumerate(units):
+                if unit.operation is not None:
+                    self._write_rows(connection, units[start:index])
+                    self._operate(connection, unit)
+                    start = index + 1
+            self._write_rows(connection, units[start:])
+
+    def _operate(self, connection: Connection, unit: Unit) -> None:
+        """An operation's own error (not found, conflict) is its caller's; it must leave nothing behind."""
+        assert unit.operation is not None
+        if unit.fence >= 0 and not self._may_write(connection, unit):
+            return
+        savepoint = connection.begin_nested()
+        try:
+            unit.result = unit.operation(connection)
+            savepoint.commit()
+        except Error as error:
+            savepoint.rollback()
+            unit.error = error
+
+    def _may_write(self, connection: Connection, unit: Unit) -> bool:
+        cursor = _cursor(connection)
+        if self._store.fences(cursor, (unit.run_id,)).get(unit.run_id) == unit.fence:
+            return True
+        unit.error = Fenced(unit.run_id)
+        return False
+
+    def _write_rows(self, connection: Connection, units: Sequence[Unit]) -> None:
+        if not units:
+            return
+        cursor = _cursor(connection)
+        self._start_runs(cursor, [unit for unit in units if unit.run_row is not None])
+        bound = [unit for unit in units if unit.run_row is None]
+        if not bound:
+            return
+        fences = self._store.fences(cursor, {unit.run_id for unit in bound})
+        for unit in bound:
+            if fences.get(unit.run_id) != unit.fence:
+                unit.error = Fenced(unit.run_id)
+        steps = [unit.step for unit in bound if unit.step is not None and unit.error is None]
+        if steps:
+            self._store.insert_steps(cursor, steps)
+        endings = [unit.ending for unit in bound if unit.ending is not None and unit.error is None]
+        if endings:
+            self._store.finish_runs(cursor, endings)
+
+    def _start_runs(self, cursor: Any, units: Sequence[Unit]) -> None:
+        if not units:
+            return
+        taken = self._store.existing(cursor, [unit.run_id for unit in units])
+        fresh = []
+        for unit in units:
+            if unit.run_id in taken:
+                unit.error = RunConflict(f"Run {unit.run_id} exists already.")
+            else:
+                taken.add(unit.run_id)
+                fresh.append(unit.run_row)
+        if fresh:
+            self._store.insert_runs(cursor, fresh)
+
+    # --- connection and lease ---------------------------------------------------------------------------------------
+
+    def _connect(self) -> Connection:
+        if self._connection is None:
+            self._connection = self._store.writer.connect()
+        return self._connection
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def _beat_if_due(self) -> None:
+        if self._heartbeat is not None and time.monotonic() - self._last_beat >= self._heartbeat.period:
+            self._beat()
+
+    def _beat(self) -> None:
+        """Renew the lease. A failure is no error here: if it lasts, the lease runs out and fencing does the rest."""
+        self._last_beat = time.monotonic()
+        if self._heartbeat is None:
+            return
+        try:
+            connection = self._connect()
+            with connection.begin():
+                self._heartbeat.beat(connection)
+        except Exception:
+            self._drop_connection()
+
+
+def _settle(units: Sequence[Unit]) -> None:
+    for unit in units:
+        unit.settled.set()
+
+
+def _fail(units: Sequence[Unit], error: BaseException) -> None:
+    for unit in units:
+        unit.error = error
+
+
+def _cursor(connection: Connection) -> Any:
+    return connection.connection.cursor()

@@ -1,0 +1,368 @@
+"""What a provider's failure means: one table from what was sent to the class that a caller decides on.
+
+Status codes alone mislead: a 429 may be a used-up account, a 400 an overloaded one, and an error inside a stream has
+no status at all. So the table is read from the top, provider codes and types first, then telling words of the message,
+then the status. It is data: put rules of your own in front of it, ``classify(..., table=(Rule(...), *TABLE))``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from ridethrough.runtime.errors import (
+    Auth,
+    ContentFilter,
+    ContextLength,
+    InvalidRequest,
+    ModelError,
+    Overloaded,
+    QuotaExhausted,
+    RateLimited,
+    ServerError,
+    Slow,
+    StreamBroken,
+    Transport,
+    Unavailable,
+)
+
+FAILS_OVER: tuple[type[ModelError], ...] = (
+    RateLimited,
+    QuotaExhausted,
+    Overloaded,
+    ServerError,
+    Transport,
+    Slow,
+    StreamBroken,
+)
+"""Classes after which another deployment is asked. The others would fail there too, or must not be evaded."""
+
+_LONGEST_WAIT = 7 * 86400.0  # seconds; anything longer is a mistake of the server's
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: all conditions that are given must hold.
+
+    ``names`` are codes, types, statuses and reasons in lower case, of which one must be in the error; ``status`` are
+    HTTP statuses; ``words`` is a pattern that the lower-case message contains.
+    """
+
+    error: type[ModelError]
+    names: frozenset[str] = frozenset()
+    status: frozenset[int] = frozenset()
+    words: re.Pattern[str] | None = None
+
+    def matches(self, found: Finding) -> bool:
+        """Whether this row is about ``found``."""
+        if self.names and self.names.isdisjoint(found.names):
+            return False
+        if self.status and found.status not in self.status:
+            return False
+        return self.words is None or self.words.search(found.message.lower()) is not None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An error as the table sees it: the effective status, its names in lower case, and its message."""
+
+    status: int | None = None
+    code: str | None = None
+    names: frozenset[str] = frozenset()
+    message: str = ""
+    body: Any = field(default=None, repr=False)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TABLE: tuple[Rule, ...] = (
+    # Names that say it all.
+    Rule(
+        QuotaExhausted,
+        _names(
+            "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
+            " organization_usage_limit_exceeded billing_error enforced_spend_limit_reached billing_hard_limit_reached"
+            " billing_not_active insufficient_balance insufficient_credits per_day_quota"
+        ),
+    ),
+    Rule(RateLimited, _names("openrouter_in_flight_budget")),
+    Rule(
+        ContextLength,
+        _names(
+            "context_length_exceeded exceed_context_size_error string_above_max_length max_tokens_exceeded"
+            " context_window_exceeded model_context_window_exceeded"
+        ),
+    ),
+    Rule(ContextLength, _names("rate_limit_exceeded"), frozenset({413})),  # this one request is above the limit
+    Rule(
+        ContentFilter,
+        _names("content_filter content_policy_violation responsibleaipolicyviolation moderation_blocked safety"),
+    ),
+    Rule(
+        Auth,
+        _names(
+            "invalid_api_key authentication_error permission_error permission_denied unauthenticated unauthorized"
+            " invalid_authentication incorrect_api_key api_key_invalid account_deactivated"
+        ),
+    ),
+    Rule(Overloaded, _names("slow_down"), frozenset({503})),
+    Rule(
+        RateLimited,
+        _names(
+            "rate_limit_exceeded rate_limit_error rate_limited slow_down throttlingexception too_many_requests"
+            " capacity_exceeded requests_limit_exceeded tokens_limit_exceeded"
+        ),
+    ),
+    Rule(
+        Overloaded,
+        _names(
+            "overloaded_error server_is_overloaded overloaded engine_overloaded engine_overloaded_error unavailable"
+            " unavailable_error service_unavailable serviceunavailableexception modelnotreadyexception"
+            " model_overloaded"
+        ),
+    ),
+    # Words of the message, where the name is too general.
+    Rule(
+        ContextLength,
+        words=re.compile(
+            r"prompt is too long|maximum context length|input token count|exceeds? (the )?(available )?context|"
+            r"context (length|window|limit|size)|reduce the length of the (messages|prompt)|too many input tokens"
+        ),
+        status=frozenset({400, 413, 422}),
+    ),
+    Rule(
+        QuotaExhausted,
+        words=re.compile(r"credit balance is too low|billing (is )?disabled|insufficient (balance|credits?|funds)"),
+    ),
+    Rule(ContentFilter, words=re.compile(r"content management policy|flagged by moderation|requires moderation")),
+    # Statuses.
+    Rule(QuotaExhausted, status=frozenset({402})),
+    Rule(Auth, status=frozenset({401, 403})),
+    Rule(RateLimited, status=frozenset({429, 498})),
+    Rule(RateLimited, _names("resource_exhausted")),
+    Rule(Overloaded, status=frozenset({503, 529})),
+    Rule(ServerError, status=frozenset({408, 424, *range(500, 600)})),
+    Rule(InvalidRequest, status=frozenset(range(400, 500))),
+    # No status, as inside a stream.
+    Rule(
+        InvalidRequest,
+        _names("invalid_request_error invalid_value not_found_error model_not_found tool_use_failed invalid_argument"),
+    ),
+    Rule(ServerError),
+)
+
+
+def classify(
+    status: int | None,
+    body: Any,
+    headers: Mapping[str, str] | None = None,
+    *,
+    deployment: str = "",
+    table: Iterable[Rule] = TABLE,
+    now: float | None = None,
+) -> ModelError:
+    """Build the error that a provider's answer means.
+
+    Args:
+        status: The HTTP status; ``None`` or 200 for an error inside an answer.
+        body: The parsed body, or its text when it is no JSON.
+        headers: The answer's headers, names in any case.
+        deployment: Whose answer it is, for the message.
+        table: The rules, from the first.
+        now: Seconds since the epoch, for dates in ``retry-after``.
+    """
+    found = find(status, body)
+    kind = next((rule.error for rule in table if rule.matches(found)), ServerError)
+    low = {name.lower(): value for name, value in (headers or {}).items()}
+    wait = retry_after(low, found, now=now)
+    return kind(
+        _describe(deployment, found, wait),
+        deployment=deployment,
+        status=found.status,
+        code=found.code,
+        retry_after=wait,
+        request_id=request_id(low),
+    )
+
+
+def request_id(headers: Mapping[str, str]) -> str | None:
+    """Return the provider's id of the request; header names are in lower case."""
+    for name in ("x-request-id", "request-id", "x-generation-id", "apim-request-id"):
+        if name in headers:
+            return headers[name]
+    return None
+
+
+def _describe(deployment: str, found: Finding, wait: float | None) -> str:
+    told = " ".join(str(part) for part in (found.status, found.code) if part) or "an error"
+    if found.code and str(found.status) == found.code:
+        told = found.code
+    hint = f" (it asks to wait {wait:g} s)" if wait else ""
+    text = re.sub(r"\s+", " ", found.message).strip()[:500]
+    return f"{deployment or 'the provider'} answered {told}{': ' + text if text else ''}{hint}"
+
+
+# --- reading bodies -------------------------------------------------------------------------------------------------
+
+
+def find(status: int | None, body: Any) -> Finding:
+    """Read an error out of any of the shapes that providers send."""
+    error = _error_of(_unwrapped(body))
+    if not isinstance(error, Mapping):
+        return Finding(status, message="" if error is None else str(error), body=body)
+    inner = error.get("innererror")
+    values = [error.get(key) for key in ("code", "type", "status")]
+    values += [inner.get("code") if isinstance(inner, Mapping) else None, *_reasons(error)]
+    names = frozenset(value.lower() for value in values if isinstance(value, str))
+    message = error.get("message") or error.get("error") or error.get("detail") or ""
+    code = next((str(value) for value in values if value), None)
+    return Finding(_effective_status(status, error), code, names, str(message), error)
+
+
+def _unwrapped(body: Any, depth: int = 3) -> Any:
+    """Undo what proxies do: JSON inside a string, an array around the object."""
+    if depth and isinstance(body, list) and body:
+        return _unwrapped(body[0], depth - 1)
+    if depth and isinstance(body, str) and body.lstrip()[:1] in ("{", "["):
+        try:
+            return _unwrapped(json.loads(body), depth - 1)
+        except (ValueError, RecursionError):
+            return body
+    return body
+
+
+def _error_of(body: Any) -> Any:
+    """Return the innermost error object: ``{"error": {...}}``, ``{"error": "..."}`` or the flat form."""
+    if not isinstance(body, Mapping):
+        return body
+    inner = _unwrapped(body.get("error"))
+    if isinstance(inner, Mapping):
+        nested = _unwrapped(inner.get("message"))
+        return _error_of(nested) if isinstance(nested, Mapping) and "error" in nested else inner
+    return body
+
+
+def _reasons(error: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the names that hide in details: ErrorInfo's reason, a per-day quota, OpenRouter's metadata."""
+    for detail in _details(error):
+        if isinstance(reason := detail.get("reason"), str):
+            yield reason
+        for violation in detail.get("violations") or ():
+            if isinstance(violation, Mapping) and "perday" in str(violation.get("quotaId", "")).lower():
+                yield "per_day_quota"
+    metadata = error.get("metadata")
+    if isinstance(metadata, Mapping):
+        if isinstance(source := metadata.get("limit_source"), str):
+            yield source
+        if metadata.get("flagged_input") or (metadata.get("reasons") and error.get("code") == 403):
+            yield "moderation_blocked"
+
+
+def _details(error: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    details = error.get("details")
+    return [detail for detail in details if isinstance(detail, Mapping)] if isinstance(details, list) else []
+
+
+def _effective_status(status: int | None, error: Mapping[str, Any]) -> int | None:
+    """Return the HTTP status, or inside a 200 the number that the error itself names."""
+    if status is not None and status >= 400:
+        return status
+    for key in ("code", "status_code", "status"):
+        value = error.get(key)
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if isinstance(value, int) and 400 <= value < 600:
+            return value
+    return None
+
+
+# --- how long to wait -----------------------------------------------------------------------------------------------
+
+_GO_DURATION = r"((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)"
+_HINT = re.compile(
+    rf"(?:try again in|retry in|retry after|wait)\s+"
+    rf"(?:{_GO_DURATION}|(\d+(?:\.\d+)?)\s*(milliseconds?|seconds?|minutes?))",
+    re.I,
+)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def retry_after(headers: Mapping[str, str], found: Finding, *, now: float | None = None) -> float | None:
+    """Return the seconds that the provider asks to wait, or ``None`` when it does not say, or says nonsense.
+
+    ``retry-after-ms`` goes before ``retry-after`` (seconds or a date), and the body is read only without them.
+    """
+    if (wait := _scaled(headers.get("retry-after-ms"), 0.001)) is not None:
+        return wait
+    if (value := headers.get("retry-after")) is not None:
+        wait = _scaled(value, 1.0)
+        return wait if wait is not None else _until(value, time.time() if now is None else now)
+    return _from_body(found)
+
+
+def parse_go_duration(text: str) -> float | None:
+    """Return the seconds of ``6ms``, ``1s``, ``6m0s``, ``1h2m3s``; ``None`` when it is none of these."""
+    if not re.fullmatch(_GO_DURATION, text.strip()):
+        return None
+    return sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text))
+
+
+def _scaled(value: str | None, unit: float) -> float | None:
+    try:
+        return _sane(float(value) * unit) if value is not None else None
+    except ValueError:
+        return None
+
+
+def _sane(seconds: float) -> float | None:
+    return seconds if 0 <= seconds <= _LONGEST_WAIT else None
+
+
+def _until(date: str, now: float) -> float | None:
+    try:
+        return _sane(max(0.0, parsedate_to_datetime(date).timestamp() - now))
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _from_body(found: Finding) -> float | None:
+    if isinstance(found.body, Mapping):
+        for detail in _details(found.body):
+            if isinstance(delay := detail.get("retryDelay"), str) and (wait := parse_go_duration(delay)) is not None:
+                return _sane(wait)
+    hint = _HINT.search(found.message)
+    if hint is None:
+        return None
+    if hint[1]:
+        return _sane(parse_go_duration(hint[1].lower()) or 0.0)
+    unit = {"m": 60.0, "s": 1.0}[hint[3][0].lower()] if not hint[3].lower().startswith("mil") else 0.001
+    return _sane(float(hint[2]) * unit)
+
+
+# --- what follows from a failure ------------------------------------------------------------------------------------
+
+
+class Stalled(Slow, StreamBroken):
+    """A stream fell silent in the middle: slow to some, broken to others, so it is both."""
+
+
+def pause_reason(error: Unavailable) -> str:
+    """Return why nobody answers, as a pause gives it: ``quota``, ``outage`` or ``brownout``."""
+    if error.errors and all(isinstance(each, QuotaExhausted) for each in error.errors):
+        return "quota"
+    alive = (Slow, StreamBroken, Overloaded, RateLimited)
+    return "brownout" if any(isinstance(each, alive) for each in error.errors) else "outage"
+
+
+def worth_waiting(error: ModelError) -> float:
+    """Return the seconds after which another try is worth it: what the provider asks, else a guess by class."""
+    if error.retry_after is not None:
+        return error.retry_after
+    return 300.0 if isinstance(error, QuotaExhausted) else 5.0

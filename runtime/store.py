@@ -1,0 +1,489 @@
+"""All statements on the tables, in one readable place, and the database they run on.
+
+Writes take the connection of the journal's transaction and are called from its thread only; reads take a snapshot of
+their own. Statements are SQLAlchemy Core on the tables of ``tables.py``; the three that run for every step are compiled
+once and handed to the driver as text, because building and binding a Core statement costs more than executing it
+(measured: 254 us a row by ORM session, 44 us by Core, 10 us compiled and batched).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from sqlalchemy import Connection, Row, Table, and_, bindparam, delete, func, insert, inspect, or_, select, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine.interfaces import DBAPICursor
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlmodel import SQLModel
+
+from ridethrough.runtime.errors import ConfigError, StoreError, StoreVersionError
+from ridethrough.runtime.sqlite import Durability, SQLite
+from ridethrough.runtime.tables import (
+    FINAL,
+    SCHEMA_VERSION,
+    EventRow,
+    IntentRow,
+    PayloadRow,
+    RunRow,
+    SessionRow,
+    SignalRow,
+    StepRow,
+    WaitRow,
+    WorkerRow,
+)
+
+T = TypeVar("T")
+Record = Mapping[str, Any]
+
+
+def _table(model: type[SQLModel]) -> Table:
+    return model.__table__  # type: ignore[attr-defined, no-any-return]
+
+
+RUNS, STEPS, INTENTS, WAITS = _table(RunRow), _table(StepRow), _table(IntentRow), _table(WaitRow)
+SIGNALS, EVENTS, PAYLOADS = _table(SignalRow), _table(EventRow), _table(PayloadRow)
+SESSIONS, WORKERS = _table(SessionRow), _table(WorkerRow)
+
+STEP_COLUMNS = tuple(column.name for column in STEPS.columns)
+RUN_COLUMNS = tuple(column.name for column in RUNS.columns)
+# Everything but the large texts: lists of runs must not read results.
+RUN_BRIEF = tuple(column for column in RUNS.columns if column.name not in ("input", "result"))
+
+
+class Store:
+    """A database with ridethrough's tables in it."""
+
+    def __init__(self, url: str, durability: Durability = "power") -> None:
+        """Choose the database by ``url``; nothing is opened yet.
+
+        Raises:
+            ConfigError: the URL cannot be read, or names a database that this version does not support.
+        """
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise ConfigError(f"database: {url!r} is not a database URL. Use for example sqlite:///runs.db") from error
+        if parsed.get_backend_name() != "sqlite":
+            raise ConfigError(
+                f"database: {parsed.get_backend_name()} is not supported by this version; it keeps runs in SQLite. "
+                f"Use sqlite:///PATH."
+            )
+        self.database = SQLite(parsed, durability)
+        self.writer = self.database.engine(write=True)
+        self.reader = self.database.engine(write=False)
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._insert_step = self._compiled_insert(STEPS)
+        self._insert_run = self._compiled_insert(RUNS)
+        self._finish_run = self._compiled_finish()
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Make the tables where there are none, and see that they are of this version.
+
+        Raises:
+            StoreError: the database cannot be used.
+            StoreVersionError: its schema is older or newer than this code.
+        """
+        Path(self.database.path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            version = self.version()
+            if version is None:
+                self._create()
+                version = self.version()
+        except SQLAlchemyError as error:
+            raise self.database.translate(error) from error
+        self._compare(version)
+
+    def version(self) -> str | None:
+        """The schema version that the database says it has; ``None`` for a new one."""
+        with self.reader.connect() as connection:
+            names = inspect(connection).get_table_names()
+            if "alembic_version" not in names:
+                if "runs" in names:
+                    raise StoreVersionError(f"database {self.database.display}: it has tables of another program.")
+                return None
+            return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+
+    def _create(self) -> None:
+        with self.writer.begin() as connection:
+            if inspect(connection).has_table("alembic_version"):
+                return  # another process was quicker
+            SQLModel.metadata.create_all(connection, tables=_OWN_TABLES)
+            connection.exec_driver_sql("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+            connection.exec_driver_sql(f"INSERT INTO alembic_version VALUES ('{SCHEMA_VERSION}')")
+
+    def _compare(self, version: str | None) -> None:
+        if version == SCHEMA_VERSION:
+            return
+        where = f"database {self.database.display}: its schema is {version}, this version of ridethrough works with"
+        if version is not None and version > SCHEMA_VERSION:
+            raise StoreVersionError(f"{where} {SCHEMA_VERSION}. Install the newer ridethrough that wrote it.")
+        raise StoreVersionError(f"{where} {SCHEMA_VERSION}. Stop all workers and run `ridethrough db upgrade`.")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.reader.dispose()
+        self.writer.dispose()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def read_now(self, query: Callable[[Connection], T]) -> T:
+        """Run ``query`` on a snapshot, in this thread.
+
+        Raises:
+            StoreError: the database cannot be read.
+        """
+        try:
+            with self.reader.begin() as connection:
+                return query(connection)
+        except DBAPIError as error:
+            raise self.database.translate(error) from error
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Run ``query`` on a snapshot, in a worker thread."""
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(4)
+        return await anyio.to_thread.run_sync(self.read_now, query, limiter=self._limiter)
+
+    # --- the hot path: compiled once, executed with the driver -----------------------------------------------------
+
+    def _compiled_insert(self, table: Table) -> str:
+        return str(insert(table).compile(dialect=self.database.dialect))
+
+    def _compiled_finish(self) -> str:
+        statement = (
+            update(RUNS)
+            .where(RUNS.c.id == bindparam("b_id"))
+            .values(
+                status=bindparam("b_status"),
+                result=bindparam("b_result"),
+                result_ref=bindparam("b_ref"),
+                error=bindparam("b_error"),
+                finished_at=bindparam("b_at"),
+                worker_id=None,
+                wake_at=None,
+                wanted=None,
+                pause_reason=None,
+                pause_until=None,
+                parked_at=None,
+            )
+        )
+        compiled = statement.compile(dialect=self.database.dialect)
+        order: Sequence[str] = getattr(compiled, "positiontup", None) or ()
+        defaults = compiled.params
+        self._finish_order = tuple(order)
+        self._finish_defaults = defaults
+        return str(compiled)
+
+    def fences(self, cursor: DBAPICursor, run_ids: Iterable[str]) -> dict[str, int]:
+        """The current fence of each run, inside the writing transaction."""
+        return self.database.fences(cursor, run_ids)
+
+    def insert_steps(self, cursor: DBAPICursor, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Append journal rows (values in the order of ``STEP_COLUMNS``)."""
+        cursor.executemany(self._insert_step, rows)
+
+    def insert_runs(self, cursor: DBAPICursor, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Insert new runs (values in the order of ``RUN_COLUMNS``)."""
+        cursor.executemany(self._insert_run, rows)
+
+    def finish_runs(self, cursor: DBAPICursor, endings: Sequence[Record]) -> None:
+        """Give runs their final status."""
+        rows = [tuple(ending.get(name, self._finish_defaults.get(name)) for name in self._finish_order) for ending in endings]
+        cursor.executemany(self._finish_run, rows)
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    def run(self, connection: Connection, run_id: str) -> Row[Any] | None:
+        """One run, whole."""
+        return connection.execute(select(RUNS).where(RUNS.c.id == run_id)).first()
+
+    def runs(
+        self,
+        connection: Connection,
+        *,
+        status: str | None = None,
+        workflow: str | None = None,
+        parent: str | None = None,
+        limit: int | None = 100,
+    ) -> Sequence[Row[Any]]:
+        """Runs, newest first, without their inputs and results."""
+        query = select(*RUN_BRIEF).order_by(RUNS.c.created_at.desc(), RUNS.c.id)
+        for column, value in ((RUNS.c.status, status), (RUNS.c.workflow, workflow), (RUNS.c.parent_id, parent)):
+            if value is not None:
+                query = query.where(column == value)
+        return connection.execute(query.limit(limit)).all()
+
+    def usage(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, Row[Any]]:
+        """Sums over the model calls of each run: ``input_tokens, output_tokens, model_calls, cost_usd``."""
+        query = (
+            select(
+                STEPS.c.run_id,
+                func.coalesce(func.sum(STEPS.c.input_tokens), 0).label("input_tokens"),
+                func.coalesce(func.sum(STEPS.c.output_tokens), 0).label("output_tokens"),
+                func.count().label("model_calls"),
+                func.coalesce(func.sum(STEPS.c.cost_usd), 0.0).label("cost_usd"),
+            )
+            .where(STEPS.c.run_id.in_(run_ids), STEPS.c.kind == "model")
+            .group_by(STEPS.c.run_id)
+        )
+        return {row.run_id: row for row in connection.execute(query)}
+
+    def statuses(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of the runs."""
+        query = select(RUNS.c.id, RUNS.c.status).where(RUNS.c.id.in_(run_ids))
+        return {row.id: row.status for row in connection.execute(query)}
+
+    def existing(self, cursor: DBAPICursor, run_ids: Sequence[str]) -> set[str]:
+        """Which of the ids are taken."""
+        return set(self.database.fences(cursor, run_ids))
+
+    def update_run(self, connection: Connection, run_id: str, **values: Any) -> None:
+        """Change columns of one run."""
+        connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(**values))
+
+    def wake(self, connection: Connection, run_ids: Sequence[str], now: float) -> None:
+        """Let a worker look at these runs if they are parked (not if a person paused them)."""
+        parked = or_(RUNS.c.status == "waiting", and_(RUNS.c.status == "paused", RUNS.c.pause_reason != "operator"))
+        connection.execute(update(RUNS).where(RUNS.c.id.in_(run_ids), parked).values(wake_at=now))
+
+    def children(self, connection: Connection, run_id: str) -> Sequence[Row[Any]]:
+        """The unfinished child runs of a run."""
+        query = select(*RUN_BRIEF).where(RUNS.c.parent_id == run_id, RUNS.c.status.not_in(FINAL))
+        return connection.execute(query).all()
+
+    # --- claiming ---------------------------------------------------------------------------------------------------
+
+    def due(
+        self, connection: Connection, now: float, workflows: Mapping[str, str], limit: int, roots: Sequence[str] | None
+    ) -> Sequence[Row[Any]]:
+        """Parked and queued runs whose time has come, the most urgent first; of these roots only, if they are given."""
+        known = [and_(RUNS.c.workflow == name, RUNS.c.version == version) for name, version in workflows.items()]
+        query = (
+            select(RUNS)
+            .where(RUNS.c.wake_at <= now, or_(*known))
+            .order_by(RUNS.c.priority.desc(), RUNS.c.wake_at, RUNS.c.id)
+            .limit(limit)
+        )
+        return connection.execute(query if roots is None else query.where(RUNS.c.root_id.in_(roots))).all()
+
+    def held_by(self, connection: Connection, worker_ids: Sequence[str]) -> Sequence[Row[Any]]:
+        """Runs that these workers hold, the most urgent and oldest first."""
+        query = select(RUNS).where(RUNS.c.worker_id.in_(worker_ids))
+        return connection.execute(query.order_by(RUNS.c.priority.desc(), RUNS.c.created_at, RUNS.c.id)).all()
+
+    def last_seq(self, connection: Connection, run_id: str) -> int:
+        """The highest position in the run's journal, events included."""
+        steps = connection.execute(select(func.max(STEPS.c.seq)).where(STEPS.c.run_id == run_id)).scalar() or 0
+        events = connection.execute(select(func.max(EVENTS.c.seq)).where(EVENTS.c.run_id == run_id)).scalar() or 0
+        return int(max(steps, events))
+
+    def last_step(self, connection: Connection, run_id: str) -> int:
+        """The position of the run's newest step."""
+        return int(connection.execute(select(func.max(STEPS.c.seq)).where(STEPS.c.run_id == run_id)).scalar() or 0)
+
+    def next_wake(self, connection: Connection) -> float | None:
+        """The earliest time at which a parked run wants to be looked at."""
+        return connection.execute(select(func.min(RUNS.c.wake_at)).where(RUNS.c.wake_at.is_not(None))).scalar()
+
+    def wanted(self, connection: Connection, worker_id: str) -> dict[str, str]:
+        """What operators asked of the runs that this worker holds."""
+        query = select(RUNS.c.id, RUNS.c.wanted).where(RUNS.c.wanted.is_not(None), RUNS.c.worker_id == worker_id)
+        return {row.id: row.wanted for row in connection.execute(query)}
+
+    # --- the journal ------------------------------------------------------------------------------------------------
+
+    def journal(self, connection: Connection, run_id: str) -> Sequence[Row[Any]]:
+        """All that a run needs in memory to go on, in one query (5000 steps: about 20 ms)."""
+        columns = (
+            STEPS.c.path, STEPS.c.kind, STEPS.c.name, STEPS.c.status, STEPS.c.digest, STEPS.c.asked, STEPS.c.output,
+            STEPS.c.output_ref, STEPS.c.error, STEPS.c.artifact_ref, STEPS.c.seq,
+        )  # fmt: skip
+        return connection.execute(select(*columns).where(STEPS.c.run_id == run_id).order_by(STEPS.c.seq)).all()
+
+    def steps(self, connection: Connection, run_id: str, after: int = 0) -> Sequence[Row[Any]]:
+        """The steps of a run with a position above ``after``, in order."""
+        query = select(STEPS).where(STEPS.c.run_id == run_id, STEPS.c.seq > after).order_by(STEPS.c.seq)
+        return connection.execute(query).all()
+
+    def step(self, connection: Connection, run_id: str, path: str) -> Row[Any] | None:
+        """One step by its path."""
+        return connection.execute(select(STEPS).where(STEPS.c.run_id == run_id, STEPS.c.path == path)).first()
+
+    def intents(self, connection: Connection, run_id: str) -> Sequence[Row[Any]]:
+        """The intents of a run, oldest attempt first."""
+        return connection.execute(select(INTENTS).where(INTENTS.c.run_id == run_id).order_by(INTENTS.c.attempt)).all()
+
+    def insert_intent(self, connection: Connection, row: Record) -> None:
+        """Write down that a call is about to start. Unique: nobody can write the same attempt twice."""
+        connection.execute(insert(INTENTS), row)
+
+    def events(self, connection: Connection, run_id: str, after: int = 0) -> Sequence[Row[Any]]:
+        """The kept events of a run that are not steps."""
+        query = select(EVENTS).where(EVENTS.c.run_id == run_id, EVENTS.c.seq > after).order_by(EVENTS.c.seq)
+        return connection.execute(query).all()
+
+    def insert_event(self, connection: Connection, row: Record) -> None:
+        """Keep an event."""
+        connection.execute(insert(EVENTS), row)
+
+    # --- waits and signals ------------------------------------------------------------------------------------------
+
+    def waits(self, connection: Connection, run_ids: Sequence[str]) -> Sequence[Row[Any]]:
+        """What the runs are blocked on."""
+        return connection.execute(select(WAITS).where(WAITS.c.run_id.in_(run_ids)).order_by(WAITS.c.since)).all()
+
+    def insert_wait(self, connection: Connection, row: Record) -> None:
+        """Put a wait on record; the first record of a wait stands (its time began then)."""
+        connection.execute(self.database.insert(WAITS).values(dict(row)).on_conflict_do_nothing())
+
+    def update_wait(self, connection: Connection, run_id: str, path: str, **values: Any) -> None:
+        """Move the deadline of a wait."""
+        connection.execute(update(WAITS).where(WAITS.c.run_id == run_id, WAITS.c.path == path).values(**values))
+
+    def delete_waits(self, connection: Connection, run_id: str, path: str | None = None) -> None:
+        """Forget one wait, or all waits of a run."""
+        where = WAITS.c.run_id == run_id
+        connection.execute(delete(WAITS).where(where if path is None else and_(where, WAITS.c.path == path)))
+
+    def insert_signal(self, connection: Connection, run_id: str, name: str, value: str, at: float) -> None:
+        """Keep input from outside until a step takes it."""
+        connection.execute(insert(SIGNALS), {"run_id": run_id, "name": name, "value": value, "at": at})
+
+    def first_signal(self, connection: Connection, run_id: str, name: str) -> Row[Any] | None:
+        """The oldest signal of that name that no step has taken."""
+        query = select(SIGNALS).where(SIGNALS.c.run_id == run_id, SIGNALS.c.name == name, SIGNALS.c.taken_by.is_(None))
+        return connection.execute(query.order_by(SIGNALS.c.id).limit(1)).first()
+
+    def take_signal(self, connection: Connection, signal_id: int, path: str) -> None:
+        """Give a signal to a step."""
+        connection.execute(update(SIGNALS).where(SIGNALS.c.id == signal_id).values(taken_by=path))
+
+    def open_signals(self, connection: Connection, run_ids: Sequence[str]) -> set[tuple[str, str]]:
+        """Names of signals that are there and not taken, for each run."""
+        query = select(SIGNALS.c.run_id, SIGNALS.c.name).where(
+            SIGNALS.c.run_id.in_(run_ids), SIGNALS.c.taken_by.is_(None)
+        )
+        return {(row.run_id, row.name) for row in connection.execute(query)}
+
+    # --- payloads and sessions --------------------------------------------------------------------------------------
+
+    def insert_payload(self, connection: Connection, digest: str, data: bytes, now: float) -> None:
+        """Store a large value once."""
+        row = {"hash": digest, "data": data, "created_at": now}
+        connection.execute(self.database.insert(PAYLOADS).values(row).on_conflict_do_nothing())
+
+    def payload(self, connection: Connection, digest: str) -> bytes | None:
+        """A large value by its digest."""
+        return connection.execute(select(PAYLOADS.c.data).where(PAYLOADS.c.hash == digest)).scalar()
+
+    def session(self, connection: Connection, name: str, upto: int | None = None) -> Sequence[Row[Any]]:
+        """The messages of a session in order, up to a position."""
+        query = select(SESSIONS).where(SESSIONS.c.session == name).order_by(SESSIONS.c.position)
+        return connection.execute(query if upto is None else query.where(SESSIONS.c.position <= upto)).all()
+
+    def append_session(self, connection: Connection, name: str, run_id: str, path: str, messages: Sequence[str]) -> int:
+        """Add the messages of one agent run to a session, once; the position of the last one."""
+        last = connection.execute(select(func.max(SESSIONS.c.position)).where(SESSIONS.c.session == name)).scalar() or 0
+        rows = [
+            {"session": name, "position": last + index, "message": message, "run_id": run_id, "path": path}
+            for index, message in enumerate(messages, 1)
+        ]
+        if rows:
+            connection.execute(insert(SESSIONS), rows)
+        return int(last + len(rows))
+
+    # --- workers ----------------------------------------------------------------------------------------------------
+
+    def workers(self, connection: Connection) -> Sequence[Row[Any]]:
+        """All worker rows."""
+        return connection.execute(select(WORKERS)).all()
+
+    def insert_worker(self, connection: Connection, row: Record) -> None:
+        """Register a worker."""
+        connection.execute(insert(WORKERS), row)
+
+    def renew_worker(self, connection: Connection, worker_id: str, expires_at: float) -> bool:
+        """Renew a lease; false if somebody has declared the worker dead."""
+        statement = update(WORKERS).where(WORKERS.c.id == worker_id).values(expires_at=expires_at)
+        return bool(connection.execute(statement).rowcount)
+
+    def delete_worker(self, connection: Connection, worker_id: str) -> None:
+        """Take a worker off the list."""
+        connection.execute(delete(WORKERS).where(WORKERS.c.id == worker_id))
+
+    # --- fork and retention -----------------------------------------------------------------------------------------
+
+    def copy_journal(self, connection: Connection, source: str, target: str, before: int) -> None:
+        """Give ``target`` the steps of ``source`` with a position below ``before``."""
+        columns = [column.name for column in STEPS.columns]
+        values = [bindparam("target", target).label("run_id") if name == "run_id" else STEPS.c[name] for name in columns]
+        query = select(*values).where(STEPS.c.run_id == source, STEPS.c.seq < before)
+        connection.execute(insert(STEPS).from_select(columns, query))
+
+    def finished_before(self, connection: Connection, when: float, limit: int) -> list[str]:
+        """Ended runs that nothing has touched since ``when``; children only once their parent has ended."""
+        parent = RUNS.alias("parent")
+        query = (
+            select(RUNS.c.id)
+            .outerjoin(parent, RUNS.c.parent_id == parent.c.id)
+            .where(RUNS.c.status.in_(FINAL), RUNS.c.finished_at < when)
+            .where(or_(parent.c.id.is_(None), parent.c.status.in_(FINAL)))
+            .limit(limit)
+        )
+        return [row.id for row in connection.execute(query)]
+
+    def delete_runs(self, connection: Connection, run_ids: Sequence[str]) -> None:
+        """Delete runs with all that belongs to them."""
+        for table in (STEPS, INTENTS, WAITS, SIGNALS, EVENTS):
+            connection.execute(delete(table).where(table.c.run_id.in_(run_ids)))
+        connection.execute(delete(RUNS).where(RUNS.c.id.in_(run_ids)))
+
+    def delete_orphan_payloads(self, connection: Connection, before: float) -> int:
+        """Delete large values that no run or step refers to any more."""
+        used = (
+            select(STEPS.c.output_ref).where(STEPS.c.output_ref.is_not(None))
+            .union(
+                select(STEPS.c.artifact_ref).where(STEPS.c.artifact_ref.is_not(None)),
+                select(RUNS.c.input_ref).where(RUNS.c.input_ref.is_not(None)),
+                select(RUNS.c.result_ref).where(RUNS.c.result_ref.is_not(None)),
+            )
+        )  # fmt: skip
+        statement = delete(PAYLOADS).where(PAYLOADS.c.hash.not_in(used), PAYLOADS.c.created_at < before)
+        return int(connection.execute(statement).rowcount)
+
+    def dangling(self, connection: Connection) -> list[str]:
+        """Contradictions between the tables that no crash may leave behind."""
+        return [
+            *self._missing_payloads(connection),
+            *self._rows_without_run(connection),
+            *self._final_runs_with_waits(connection),
+        ]
+
+    def _missing_payloads(self, connection: Connection) -> list[str]:
+        known = select(PAYLOADS.c.hash)
+        query = select(STEPS.c.run_id, STEPS.c.path).where(
+            or_(
+                and_(STEPS.c.output_ref.is_not(None), STEPS.c.output_ref.not_in(known)),
+                and_(STEPS.c.artifact_ref.is_not(None), STEPS.c.artifact_ref.not_in(known)),
+            )
+        )
+        return [f"run {row.run_id}: the stored value of step {row.path} is missing" for row in connection.execute(query)]
+
+    def _rows_without_run(self, connection: Connection) -> list[str]:
+        found = []
+        for table in (STEPS, INTENTS, WAITS, EVENTS):
+            query = select(table.c.run_id).where(table.c.run_id.not_in(select(RUNS.c.id))).distinct()
+            found += [f"{table.name}: rows of run {row.run_id}, which does not exist" for row in connection.execute(query)]
+        return found
+
+    def _final_runs_with_waits(self, connection: Connection) -> list[str]:
+        query = select(RUNS.c.id).where(RUNS.c.status.in_(FINAL), RUNS.c.worker_id.is_not(None))
+        return [f"run {row.id}: it has ended but is still held by a worker" for row in connection.execute(query)]
+
+
+_OWN_TABLES = [RUNS, STEPS, INTENTS, WAITS, SIGNALS, EVENTS, PAYLOADS, SESSIONS, WORKERS]

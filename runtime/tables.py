@@ -1,0 +1,196 @@
+"""The tables: what survives.
+
+``runs`` has one row a run and is the only table whose rows change often. ``steps`` is the journal: append-only, one
+row a finished step. ``intents`` says that a tool with side effects was about to start. ``waits`` says what a run is
+blocked on. ``events`` keeps what happened to a run that is not a step. Large values lie once in ``payloads``, by
+content. Times are seconds since the epoch (UTC) as floats; payload columns hold JSON text.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Column, Index, LargeBinary, Text, text
+from sqlmodel import Field, SQLModel
+
+SCHEMA_VERSION = "0001"
+"""The Alembic revision that these tables correspond to."""
+
+FINAL = ("done", "failed", "cancelled")
+"""The statuses that a run never leaves by itself."""
+
+
+class RunRow(SQLModel, table=True):
+    """One execution of a workflow. See ``docs/concepts/runs.md`` for the state machine of ``status``."""
+
+    __tablename__ = "runs"
+    __table_args__ = (
+        # The only question a worker asks often: whose time has come? Parked runs without a time are not in the index.
+        Index("ix_runs_wake", "wake_at", sqlite_where=text("wake_at IS NOT NULL"), postgresql_where=text("wake_at IS NOT NULL")),
+        Index("ix_runs_worker", "worker_id", sqlite_where=text("worker_id IS NOT NULL"), postgresql_where=text("worker_id IS NOT NULL")),
+        Index("ix_runs_wanted", "wanted", sqlite_where=text("wanted IS NOT NULL"), postgresql_where=text("wanted IS NOT NULL")),
+        Index("ix_runs_parent", "parent_id", sqlite_where=text("parent_id IS NOT NULL"), postgresql_where=text("parent_id IS NOT NULL")),
+        Index("ix_runs_root", "root_id"),
+        Index("ix_runs_status", "status", "created_at"),
+        Index("ix_runs_created", "created_at"),
+    )
+
+    id: str = Field(primary_key=True)
+    workflow: str
+    version: str
+    status: str
+    input: str | None = Field(default=None, sa_column=Column(Text))
+    input_ref: str | None = None
+    input_digest: str = ""
+    source: str | None = None
+    """Where the workflow comes from: ``module:NAME`` or ``/path/file.py:NAME``."""
+    cwd: str | None = None
+    tenant: str | None = None
+    priority: int = 0
+    labels: str | None = Field(default=None, sa_column=Column(Text))
+    root_id: str
+    """The run that nobody's workflow started: its own id, or that of the outermost parent."""
+    parent_id: str | None = None
+    parent_path: str | None = None
+    forked_from: str | None = None
+    worker_id: str | None = None
+    fence: int = 0
+    """Rises with each claim; a write with an old fence is refused."""
+    wake_at: float | None = None
+    """When a worker should take the run up; NULL while it runs, and while only an event can wake it."""
+    wanted: str | None = None
+    """What an operator asked of the process that holds the run: ``cancel`` or ``pause``."""
+    pause_reason: str | None = None
+    pause_until: float | None = None
+    parked_at: float | None = None
+    recoveries: int = 0
+    strikes: int = 0
+    """Deaths of the worker since the last new step; at the limit the run is poisoned."""
+    strike_seq: int = 0
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    result: str | None = Field(default=None, sa_column=Column(Text))
+    result_ref: str | None = None
+    error: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class StepRow(SQLModel, table=True):
+    """A finished step. Never updated."""
+
+    __tablename__ = "steps"
+    __table_args__ = (Index("ux_steps_path", "run_id", "path", unique=True),)
+
+    run_id: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    path: str
+    name: str
+    kind: str
+    status: str
+    digest: str
+    asked: str | None = Field(default=None, sa_column=Column(Text))
+    output: str | None = Field(default=None, sa_column=Column(Text))
+    output_ref: str | None = None
+    artifact_ref: str | None = None
+    error: str | None = Field(default=None, sa_column=Column(Text))
+    attempts: int = 1
+    started_at: float
+    ended_at: float
+    agent: str | None = None
+    model: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+
+
+class IntentRow(SQLModel, table=True):
+    """A call with side effects that was about to start: on disk before it does."""
+
+    __tablename__ = "intents"
+
+    run_id: str = Field(primary_key=True)
+    path: str = Field(primary_key=True)
+    attempt: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    name: str
+    digest: str
+    started_at: float
+
+
+class WaitRow(SQLModel, table=True):
+    """What one branch of a run is blocked on, since when, and until when."""
+
+    __tablename__ = "waits"
+
+    run_id: str = Field(primary_key=True)
+    path: str = Field(primary_key=True)
+    kind: str
+    """``timer``, ``signal``, ``question``, ``approval``, ``interrupted``, ``child`` or ``model``."""
+    name: str
+    since: float
+    due_at: float | None = None
+    question: str | None = Field(default=None, sa_column=Column(Text))
+    arguments: str | None = Field(default=None, sa_column=Column(Text))
+    value_schema: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class SignalRow(SQLModel, table=True):
+    """Input from outside. The first one of a name goes to the first step that waits for it."""
+
+    __tablename__ = "signals"
+    __table_args__ = (
+        Index("ix_signals_open", "run_id", "name", sqlite_where=text("taken_by IS NULL"), postgresql_where=text("taken_by IS NULL")),
+    )
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str
+    name: str
+    value: str = Field(sa_column=Column(Text, nullable=False))
+    at: float
+    taken_by: str | None = None
+
+
+class EventRow(SQLModel, table=True):
+    """What happened to a run and is not a step: recoveries, pauses, questions, handoffs."""
+
+    __tablename__ = "events"
+
+    run_id: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    type: str
+    at: float
+    path: str = ""
+    data: str = Field(sa_column=Column(Text, nullable=False))
+
+
+class PayloadRow(SQLModel, table=True):
+    """A large value, stored once by the BLAKE2b digest of its UTF-8 bytes."""
+
+    __tablename__ = "payloads"
+
+    hash: str = Field(primary_key=True)
+    data: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    created_at: float
+
+
+class SessionRow(SQLModel, table=True):
+    """One message of a conversation that outlives its runs."""
+
+    __tablename__ = "session_messages"
+
+    session: str = Field(primary_key=True)
+    position: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    message: str = Field(sa_column=Column(Text, nullable=False))
+    run_id: str
+    path: str
+
+
+class WorkerRow(SQLModel, table=True):
+    """A process that holds runs. It renews one row, whatever the number of its runs."""
+
+    __tablename__ = "workers"
+
+    id: str = Field(primary_key=True)
+    host: str
+    """The machine, and its boot and process namespace: only there can ``pid`` be looked at."""
+    pid: int
+    pid_started: str
+    started_at: float
+    expires_at: float

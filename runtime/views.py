@@ -1,0 +1,270 @@
+"""What users and programs see of runs: the JSON of ``runs``, ``show`` and the HTTP API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Row
+
+from ridethrough.runtime import control, lease, payload
+from ridethrough.runtime.store import Store
+from ridethrough.runtime.tables import FINAL
+
+
+class Fields:
+    """Attribute access to a mapping, where a row of the database is expected; what is missing is ``None``."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Wrap ``values``."""
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        """The value, or ``None``."""
+        return self._values.get(name)
+
+
+class Pause(BaseModel):
+    """Why a run is parked, and until when at the latest."""
+
+    reason: str
+    until: datetime | None = None
+    since: datetime | None = None
+
+
+class ErrorView(BaseModel):
+    """How a run or step failed."""
+
+    type: str
+    message: str
+
+
+class UsageView(BaseModel):
+    """What a run's model calls consumed."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    model_calls: int = 0
+
+
+class StepView(BaseModel):
+    """A step of a run; ``running`` if only its intent is on disk."""
+
+    path: str
+    name: str
+    kind: str
+    status: str
+    attempts: int
+    started_at: datetime
+    ended_at: datetime | None
+    model: str | None = None
+    cost_usd: float | None = None
+    agent: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input: str | None = None
+    """The beginning of the step's input."""
+    output: Any = None
+    error: ErrorView | None = None
+
+
+class WaitView(BaseModel):
+    """Something that a run is blocked on."""
+
+    path: str
+    kind: str
+    name: str
+    since: datetime
+    until: datetime | None = None
+    question: str | None = None
+    arguments: dict[str, Any] | None = None
+    value_schema: dict[str, Any] | None = None
+
+
+class RunView(BaseModel):
+    """A run, as the contract describes it."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    id: str
+    workflow: str
+    version: str
+    status: str
+    pause: Pause | None
+    tenant: str | None
+    priority: int = 0
+    labels: dict[str, str] = {}
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None
+    input: Any = None
+    result: Any = None
+    error: ErrorView | None
+    recoveries: int
+    parent: str | None = None
+    forked_from: str | None = None
+    source: str | None = None
+    worker: str | None = None
+    cost_usd: float
+    usage: UsageView
+    waits: list[WaitView] = []
+    children: list[str] = []
+    steps: list[StepView] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; ``steps`` is left out where it was not asked for."""
+        return self.model_dump(mode="json", exclude={"steps"} if self.steps is None else set())
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def _when(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _error(text: str | None) -> ErrorView | None:
+    return None if text is None else ErrorView(**payload.error_summary(text))
+
+
+def _pause(row: Any) -> Pause | None:
+    if row.pause_reason is None:
+        return None
+    return Pause(reason=row.pause_reason, until=_time(row.pause_until), since=_time(row.parked_at))
+
+
+def _run_view(row: Any, usage: Any, *, input: Any = None, result: Any = None, worker: str | None = None) -> RunView:
+    return RunView(
+        id=row.id,
+        workflow=row.workflow,
+        version=row.version,
+        status=row.status,
+        pause=_pause(row),
+        tenant=row.tenant,
+        priority=row.priority,
+        labels=dict(payload.load_labels(row.labels)),
+        created_at=_when(row.created_at),
+        started_at=_time(row.started_at),
+        finished_at=_time(row.finished_at),
+        input=input,
+        result=result,
+        error=_error(row.error),
+        recoveries=row.recoveries,
+        parent=row.parent_id,
+        forked_from=row.forked_from,
+        source=row.source,
+        worker=worker,
+        cost_usd=usage.cost_usd or 0.0,
+        usage=UsageView(
+            input_tokens=usage.input_tokens or 0,
+            output_tokens=usage.output_tokens or 0,
+            model_calls=usage.model_calls or 0,
+        ),
+    )
+
+
+def list_runs(
+    store: Store, connection: Connection, *, status: str | None, workflow: str | None, limit: int | None
+) -> list[RunView]:
+    """Runs, newest first, with what they are blocked on."""
+    rows = store.runs(connection, status=status, workflow=workflow, limit=limit)
+    ids = [row.id for row in rows]
+    usage = store.usage(connection, ids)
+    waits = _waits_by_run(store.waits(connection, [row.id for row in rows if row.status not in FINAL]))
+    views = [_run_view(row, usage.get(row.id) or Fields({})) for row in rows]
+    for view in views:
+        view.waits = waits.get(view.id, [])
+    return views
+
+
+def show_run(store: Store, connection: Connection, run_id: str, *, steps: bool) -> RunView:
+    """One run, with its steps if they are asked for."""
+    row = control.require(store, connection, run_id)
+    usage = store.usage(connection, [run_id]).get(run_id) or Fields({})
+    holder = control.owner(store, connection, row)
+    result = _load(store, connection, row.result, row.result_ref)
+    view = _run_view(
+        row,
+        usage,
+        input=_load(store, connection, row.input, row.input_ref),
+        result=result,
+        worker=None if holder is None else lease.describe(holder),
+    )
+    view.waits = _waits_by_run(store.waits(connection, [run_id])).get(run_id, [])
+    view.children = [child.id for child in store.runs(connection, parent=run_id, limit=None)]
+    if steps:
+        view.steps = _steps(store, connection, run_id)
+    return view
+
+
+def _load(store: Store, connection: Connection, text: str | None, ref: str | None) -> Any:
+    if ref is not None:
+        text = (store.payload(connection, ref) or b"null").decode("utf-8", "replace")
+    return None if text is None else json.loads(text)
+
+
+def _waits_by_run(rows: Iterable[Any]) -> dict[str, list[WaitView]]:
+    found: dict[str, list[WaitView]] = {}
+    for row in rows:
+        found.setdefault(row.run_id, []).append(
+            WaitView(
+                path=row.path,
+                kind=row.kind,
+                name=row.name,
+                since=_when(row.since),
+                until=_time(row.due_at),
+                question=row.question,
+                arguments=None if row.arguments is None else json.loads(row.arguments),
+                value_schema=None if row.value_schema is None else json.loads(row.value_schema),
+            )
+        )
+    return found
+
+
+def _steps(store: Store, connection: Connection, run_id: str) -> list[StepView]:
+    done = [_step_view(row) for row in store.steps(connection, run_id)]
+    finished = {step.path for step in done}
+    return done + [_intent_view(row) for row in store.intents(connection, run_id) if row.path not in finished]
+
+
+def _step_view(row: Row[Any]) -> StepView:
+    return StepView(
+        path=row.path,
+        name=row.name,
+        kind=row.kind,
+        status=row.status,
+        attempts=row.attempts,
+        started_at=_when(row.started_at),
+        ended_at=_when(row.ended_at),
+        model=row.model,
+        cost_usd=row.cost_usd,
+        agent=row.agent,
+        input_tokens=row.input_tokens,
+        output_tokens=row.output_tokens,
+        input=row.asked,
+        output=f"(stored apart: {row.output_ref})" if row.output_ref else json.loads(row.output or "null"),
+        error=_error(row.error),
+    )
+
+
+def _intent_view(row: Row[Any]) -> StepView:
+    return StepView(
+        path=row.path,
+        name=row.name,
+        kind="tool",
+        status="running",
+        attempts=row.attempt,
+        started_at=_when(row.started_at),
+        ended_at=None,
+    )
+
+
+def unfinished(store: Store, connection: Connection) -> Sequence[str]:
+    """The ids of runs that have not ended, are nobody's child, and that no live worker holds, oldest first."""
+    rows = [row for row in store.runs(connection, limit=None) if row.status not in FINAL and row.parent_id is None]
+    live = {worker.id for worker in store.workers(connection) if not lease.is_gone(worker, lease.lease_clock())}
+    return [row.id for row in reversed(rows) if row.worker_id not in live]

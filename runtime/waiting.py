@@ -1,0 +1,185 @@
+"""Durable waits: timers, signals, questions, and answers of child runs.
+
+Each goes on record when it begins, with its deadline, so that a resumed run waits for the rest of the time and not for
+all of it again; each ends in a step, so that it is over for good.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from ridethrough.runtime import payload
+from ridethrough.runtime.errors import RunCancelled, RunFailed, SerializationError
+from ridethrough.runtime.events import ApprovalRequested
+from ridethrough.runtime.execution import FINAL_STATUSES, Blocked, Branch, Execution, Outcome
+from ridethrough.runtime.payload import Codec, digest_of
+
+_NOTHING = Codec(None, "a timer")
+
+
+async def sleep_until(branch: Branch, seconds: float) -> None:
+    """A durable timer of ``seconds`` from its first start."""
+    execution = branch.execution
+    path = branch.next("sleep")
+    asked = f"[{seconds!r}]"
+    digest = digest_of(asked)
+    if (row := execution.recorded(path, "sleep", digest, asked)) is not None:
+        await execution.recall(row, _NOTHING)
+        return
+    await execution.before_live(branch, path, "sleep", digest)
+    started = execution.services.clock.now()
+    also = None
+    if seconds > 0:
+        due = await execution.open_wait(path, "timer", "sleep", started + seconds)
+        await execution.block(Blocked(path, "timer", "sleep", due))
+        also = execution.closing(path)
+    await execution.record(path, "sleep", "sleep", digest, asked, started, Outcome(), "null", None, also)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a wait shows to the person who is to answer."""
+
+    kind: str
+    """``signal``, ``question``, ``approval`` or ``interrupted``."""
+    name: str
+    text: str | None = None
+    arguments: dict[str, Any] | None = None
+
+
+async def receive(branch: Branch, path: str, question: Question, codec: Codec, timeout: float | None) -> Any:
+    """Wait for a signal and record it as a step.
+
+    Raises:
+        TimeoutError: ``timeout`` seconds after the wait began nothing had come; recorded like a value.
+    """
+    execution = branch.execution
+    asked = json.dumps([question.name, question.text, question.arguments], ensure_ascii=False)
+    digest = digest_of(asked)
+    if (row := execution.recorded(path, "signal", digest, asked)) is not None:
+        return await execution.recall(row, codec)
+    await execution.before_live(branch, path, "signal", digest)
+    started = execution.services.clock.now()
+    due = await _announce(execution, path, question, codec, None if timeout is None else started + timeout)
+    text: str | None = None
+    failure: Exception | None = None
+    while True:
+        signal = await _peek(execution, question.name)
+        if signal is not None:
+            text = await _accept(execution, path, signal, codec)
+            if text is None:
+                continue
+            also = _taking(execution, path, signal)
+            break
+        if not await execution.block(Blocked(path, question.kind, question.name, due)):
+            failure = TimeoutError(f"No signal {question.name!r} came within {timeout:g} s.")
+            also = execution.closing(path)
+            break
+    outcome = Outcome(agent=branch.agent)
+    await execution.record(path, question.name, "signal", digest, asked, started, outcome, text, failure, also)
+    if failure is not None:
+        raise failure
+    return codec.load(text or "null")
+
+
+async def _announce(
+    execution: Execution, path: str, question: Question, codec: Codec, due: float | None
+) -> float | None:
+    """Put the wait on record, and tell people if it is they who are awaited."""
+    fresh = path not in execution.waits
+    due = await execution.open_wait(
+        path,
+        question.kind,
+        question.name,
+        due,
+        question=question.text,
+        arguments=None if question.arguments is None else json.dumps(question.arguments),
+        value_schema=json.dumps(codec.json_schema()),
+    )
+    if fresh and question.kind != "signal":
+        await execution.emit(
+            ApprovalRequested(
+                path=path,
+                name=path.rpartition("/")[2].partition("#")[0],
+                call_id=question.name,
+                question=question.text or "",
+                arguments=question.arguments or {},
+            )
+        )
+    return due
+
+
+async def _peek(execution: Execution, name: str) -> Row[Any] | None:
+    store = execution.services.store
+    signal: Row[Any] | None = await execution.do(lambda connection: store.first_signal(connection, execution.run_id, name))
+    return signal
+
+
+async def _accept(execution: Execution, path: str, signal: Row[Any], codec: Codec) -> str | None:
+    """The signal's value as it is recorded; ``None`` if it does not fit (then it is set aside and the wait goes on)."""
+    try:
+        return codec.dump(codec.accept(json.loads(signal.value)))
+    except SerializationError:
+        store = execution.services.store
+        await execution.do(lambda connection: store.take_signal(connection, signal.id, f"{path} (refused)"))
+        return None
+
+
+def _taking(execution: Execution, path: str, signal: Row[Any]) -> Callable[[Connection], None]:
+    close, store = execution.closing(path), execution.services.store
+
+    def operation(connection: Connection) -> None:
+        store.take_signal(connection, signal.id, path)
+        close(connection)
+
+    return operation
+
+
+async def await_child(branch: Branch, path: str, name: str, start: Callable[[Connection, str], None], asked: str, codec: Codec) -> Any:
+    """Start a child run (once) and wait for its end; its result is a step of this run.
+
+    ``start(connection, run_id)`` inserts the child if it is not there.
+    """
+    execution = branch.execution
+    digest = digest_of(asked)
+    if (row := execution.recorded(path, "child", digest, asked)) is not None:
+        return await execution.recall(row, codec)
+    await execution.before_live(branch, path, "child", digest)
+    started = execution.services.clock.now()
+    child_id = f"{execution.run_id}.{path}"
+    if path not in execution.waits:
+        await execution.do(lambda connection: start(connection, child_id))
+        await execution.open_wait(path, "child", child_id, None)
+    execution.services.poke()
+    child = await _child_end(execution, path, child_id)
+    text, failure = await _child_outcome(execution, child)
+    closing = execution.closing(path)
+    await execution.record(path, name, "child", digest, asked, started, Outcome(agent=branch.agent), text, failure, closing)
+    if failure is not None:
+        raise failure
+    return codec.load(text or "null")
+
+
+async def _child_end(execution: Execution, path: str, child_id: str) -> Row[Any]:
+    store = execution.services.store
+    while True:
+        row: Row[Any] = await execution.do(lambda connection: store.run(connection, child_id))
+        if row.status in FINAL_STATUSES:
+            return row
+        await execution.block(Blocked(path, "child", child_id))
+
+
+async def _child_outcome(execution: Execution, child: Row[Any]) -> tuple[str | None, Exception | None]:
+    if child.status == "done":
+        return (await execution.read_payload(child.result_ref) if child.result_ref else child.result), None
+    if child.status == "cancelled":
+        return None, RunCancelled(f"Child run {child.id} was cancelled.")
+    summary = payload.error_line(child.error)
+    return None, RunFailed(
+        f"Child run {child.id} failed: {summary}", run_id=child.id, error_type=payload.error_summary(child.error)["type"]
+    )
