@@ -46,6 +46,8 @@ class Column:
     title: str
     value: Callable[[Row], float | None]
     form: str = ".2f"
+    over: Callable[[list[float]], float] = statistics.median
+    """How the rounds become one figure. What must never happen is shown by its worst round: a median would hide it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ WALL = Column("wall s", lambda row: row["wall_s"])
 RATE = Column("steps/s", lambda row: row["n"] / row["wall_s"], ",.0f")
 CPU = Column("CPU ms/step", lambda row: row["cpu_s"] / row["n"] * 1000, ".3f")
 CPU_MS = Column("CPU ms", lambda row: row["cpu_s"] * 1000, ".0f")
-REPEATED = given("finished_steps_repeated", "finished steps run again", ".0f")
+REPEATED = Column("finished steps run again (worst round)", lambda row: row.get("finished_steps_repeated"), ".0f", max)
 TURN = (given("turn_1_ms", "turn 1, ms"), given("turn_1_cpu_ms", "CPU ms"))
 TURN_100 = (given("turn_100_ms", "turn 100, ms"), given("turn_100_cpu_ms", "CPU ms"), given("growth", "growth"))
 
@@ -168,10 +170,11 @@ def table(case: Case, rounds: list[dict[str, Row]]) -> list[str]:
         if not rows:
             lines.append(f"| {system.name} |" + " failed |" + " |" * (len(heads) - 2))
             continue
-        cells = [system.name]
+        missing = "" if len(rows) == len(rounds) else f" ({len(rows)} of {len(rounds)} rounds)"
+        cells = [system.name + missing]
         for column in case.columns:
             values = [value for row in rows if (value := column.value(row)) is not None]
-            cells.append(format(statistics.median(values), column.form) if values else "")
+            cells.append(format(column.over(values), column.form) if values else "")
         if case.ratio:
             cells.append(ratio(case.ratio, system.name, rounds))
         lines.append("| " + " | ".join(cells) + " |")
@@ -220,6 +223,8 @@ def main() -> None:
     )
     only = "".join(f" --only {name}" for name in options.only or ())
     command = f"python benchmarks/run.py --rounds {options.rounds}{only}{' --quick' if options.quick else ''}"
+    if options.quick:
+        note += " A SMOKE TEST at a tenth of the sizes named below; no measurement."
     text = "\n".join([note, "", f"Made by `{command}`.", "", *lines])
     print(text)
     if options.write:

@@ -276,11 +276,12 @@ class _Source:
         self._lines = list(_key_lines(text))
 
     def at(self, location: _Location) -> str:
-        """Return ``file:line`` of the nearest enclosing key that is written in the file."""
-        best, line = -1, 0
+        """Return ``file:line`` of the key, of the first one below it, or of the nearest one around it."""
+        best, line = 0, 0
         for key, number in self._lines:
-            if len(key) > best and key == location[: len(key)]:
-                best, line = len(key), number
+            shared = min(len(key), len(location))
+            if shared > best and key[:shared] == location[:shared]:
+                best, line = shared, number
         return f"{self.name}:{line}" if line else self.name
 
     def error(self, location: _Location, what: str) -> ConfigError:

@@ -83,8 +83,7 @@ class Services(Protocol):
         """Let the worker look at the database now."""
         ...
 
-    @property
-    def router(self) -> Any:
+    async def router(self) -> Any:
         """The model router, opened at its first use."""
         ...
 
@@ -190,6 +189,8 @@ class Outcome:
     cost_usd: float | None = None
     artifact: bytes | None = None
     """A value too large to show whole, kept for reading on."""
+    also: Callable[[Connection], None] | None = None
+    """What else belongs into the transaction that records the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,9 +373,8 @@ class Execution:
         outcome: Outcome,
         text: str | None,
         failure: Exception | None,
-        also: Callable[[Connection], None] | None = None,
     ) -> None:
-        """Put a finished step into the journal and wait until it is on disk. ``also`` runs in the same transaction."""
+        """Put a finished step into the journal and wait until it is on disk."""
         ended = self.services.clock.now()
         self.seq = seq = self.seq + 1
         error = None if failure is None else payload.dump_error(failure)
@@ -384,28 +384,26 @@ class Execution:
             text, None, None, error, outcome.attempts, started, ended,
             outcome.agent, outcome.model, outcome.input_tokens, outcome.output_tokens, outcome.cost_usd,
         ]  # fmt: skip
-        if large or outcome.artifact is not None or also is not None:
-            unit = Unit(self.run_id, self.info.fence, operation=self._with_payloads(row, large, outcome.artifact, also))
+        if large or outcome.artifact is not None or outcome.also is not None:
+            unit = Unit(self.run_id, self.info.fence, operation=self._with_payloads(row, large, outcome))
         else:
             unit = Unit(self.run_id, self.info.fence, step=tuple(row))
         await self.write(unit)
         if self.watchers:
             self.publish(_finished(row, seq))
 
-    def _with_payloads(
-        self, row: list[Any], large: bool, artifact: bytes | None, also: Callable[[Connection], None] | None
-    ) -> Callable[[Connection], None]:
+    def _with_payloads(self, row: list[Any], large: bool, outcome: Outcome) -> Callable[[Connection], None]:
         store, now = self.services.store, row[14]
 
         def operation(connection: Connection) -> None:
-            for column, data in ((9, row[8].encode("utf-8", "surrogatepass") if large else None), (10, artifact)):
+            for column, data in ((9, row[8].encode("utf-8", "surrogatepass") if large else None), (10, outcome.artifact)):
                 if data is not None:
                     row[column] = payload.content_hash(data)
                     store.insert_payload(connection, row[column], data, now)
             if large:
                 row[8] = None
-            if also is not None:
-                also(connection)
+            if outcome.also is not None:
+                outcome.also(connection)
             store.insert_steps(connection.connection.cursor(), [tuple(row)])
 
         return operation
@@ -560,12 +558,10 @@ class Execution:
         row = {"run_id": self.run_id, "seq": event.seq, "type": getattr(event, "type", ""), "at": event.at}
         self.services.store.insert_event(connection, {**row, "path": event.path, "data": data})
 
-    async def emit(self, event: EventBase) -> None:
-        """Keep an event of this run in its journal and publish it."""
+    def numbered(self, event: EventBase) -> EventBase:
+        """The event as one of this run's, at the next position of its journal."""
         self.seq += 1
-        kept = event.model_copy(update={"run_id": self.run_id, "seq": self.seq})
-        await self.do(lambda connection: self.keep_event(connection, kept))
-        self.publish(kept)
+        return event.model_copy(update={"run_id": self.run_id, "seq": self.seq, "at": self.services.clock.now()})
 
     def publish(self, event: EventBase) -> None:
         """Tell those who watch; a passing event gets the position of the last one on disk."""
@@ -578,7 +574,9 @@ class Execution:
 
     # --- waits ------------------------------------------------------------------------------------------------------
 
-    async def open_wait(self, path: str, kind: str, name: str, due: float | None, **fields: str | None) -> float | None:
+    async def open_wait(
+        self, path: str, kind: str, name: str, due: float | None, event: EventBase | None = None, **fields: str | None
+    ) -> float | None:
         """Put a wait on record unless it is; its due time (that of the first record, however often the run was resumed)."""
         known = self.waits.get(path)
         if known is not None:
@@ -586,11 +584,20 @@ class Execution:
         now = self.services.clock.now()
         row = {"run_id": self.run_id, "path": path, "kind": kind, "name": name, "since": now, "due_at": due, **fields}
         self.had_waits = True
-        await self.do(lambda connection: self.services.store.insert_wait(connection, row))
+        kept = None if event is None else self.numbered(event)
+
+        def operation(connection: Connection) -> None:
+            self.services.store.insert_wait(connection, row)
+            if kept is not None:
+                self.keep_event(connection, kept)
+
+        await self.do(operation)
+        if kept is not None:
+            self.publish(kept)
         return due
 
     def closing(self, path: str) -> Callable[[Connection], None]:
-        """For ``record(also=...)``: the wait of that path is over."""
+        """For ``Outcome.also``: the wait of that path is over."""
         self.waits.pop(path, None)
         return lambda connection: self.services.store.delete_waits(connection, self.run_id, path)
 

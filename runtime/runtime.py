@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from contextvars import Token
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -31,6 +31,9 @@ from ridethrough.runtime.payload import INLINE_LIMIT, digest_of
 from ridethrough.runtime.store import Store
 from ridethrough.runtime.worker import Ended, Worker
 from ridethrough.runtime.workflow import Workflow, open_runtime
+
+if TYPE_CHECKING:
+    from ridethrough.runtime.router.router import Router
 
 T = TypeVar("T")
 GRACE_SECONDS = 5.0
@@ -104,7 +107,10 @@ class Runtime(Launcher):
         self._roots = roots
         self._grace = grace
         self._stack = AsyncExitStack()
-        self._router: Any = None
+        self._router: Router | None = None
+        self._router_error: Exception | None = None
+        self._router_opening: anyio.Event | None = None
+        self._router_closing, self._router_closed = anyio.Event(), anyio.Event()
         self._token: Token[Launcher | None] | None = None
         self.worker: Worker
 
@@ -196,16 +202,36 @@ class Runtime(Launcher):
 
     # --- the router -------------------------------------------------------------------------------------------------
 
-    def _open_router(self) -> Any:
+    async def _open_router(self) -> Router:
+        """The router lives in a task of its own: it is entered and left there, whoever asks for it first."""
         if self._router is None:
-            from ridethrough.runtime.router.router import LazyRouter
-
-            self._router = LazyRouter(self.config, self._tasks)
+            if self._router_opening is None:
+                self._router_opening = anyio.Event()
+                self._tasks.start_soon(self._own_router, self._router_opening)
+            await self._router_opening.wait()
+        if self._router is None:
+            raise self._router_error or ConfigError("the router could not be opened")
         return self._router
+
+    async def _own_router(self, opened: anyio.Event) -> None:
+        from ridethrough.runtime.router.router import Router
+
+        try:
+            async with Router.open(self.config) as router:
+                self._router = router
+                opened.set()
+                await self._router_closing.wait()
+        except Exception as error:
+            self._router_error, self._router_opening = error, None
+        finally:
+            self._router = None
+            opened.set()
+            self._router_closed.set()
 
     async def _close_router(self) -> None:
         if self._router is not None:
-            await self._router.aclose()
+            self._router_closing.set()
+            await self._router_closed.wait()
 
     # --- starting ---------------------------------------------------------------------------------------------------
 

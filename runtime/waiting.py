@@ -33,12 +33,12 @@ async def sleep_until(branch: Branch, seconds: float) -> None:
         return
     await execution.before_live(branch, path, "sleep", digest)
     started = execution.services.clock.now()
-    also = None
+    outcome = Outcome()
     if seconds > 0:
         due = await execution.open_wait(path, "timer", "sleep", started + seconds)
         await execution.block(Blocked(path, "timer", "sleep", due))
-        also = execution.closing(path)
-    await execution.record(path, "sleep", "sleep", digest, asked, started, Outcome(), "null", None, also)
+        outcome.also = execution.closing(path)
+    await execution.record(path, "sleep", "sleep", digest, asked, started, outcome, "null", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ async def receive(branch: Branch, path: str, question: Question, codec: Codec, t
     await execution.before_live(branch, path, "signal", digest)
     started = execution.services.clock.now()
     due = await _announce(execution, path, question, codec, None if timeout is None else started + timeout)
+    outcome = Outcome(agent=branch.agent)
     text: str | None = None
     failure: Exception | None = None
     while True:
@@ -74,14 +75,13 @@ async def receive(branch: Branch, path: str, question: Question, codec: Codec, t
             text = await _accept(execution, path, signal, codec)
             if text is None:
                 continue
-            also = _taking(execution, path, signal)
+            outcome.also = _taking(execution, path, signal)
             break
         if not await execution.block(Blocked(path, question.kind, question.name, due)):
             failure = TimeoutError(f"No signal {question.name!r} came within {timeout:g} s.")
-            also = execution.closing(path)
+            outcome.also = execution.closing(path)
             break
-    outcome = Outcome(agent=branch.agent)
-    await execution.record(path, question.name, "signal", digest, asked, started, outcome, text, failure, also)
+    await execution.record(path, question.name, "signal", digest, asked, started, outcome, text, failure)
     if failure is not None:
         raise failure
     return codec.load(text or "null")
@@ -91,27 +91,23 @@ async def _announce(
     execution: Execution, path: str, question: Question, codec: Codec, due: float | None
 ) -> float | None:
     """Put the wait on record, and tell people if it is they who are awaited."""
-    fresh = path not in execution.waits
-    due = await execution.open_wait(
+    event = ApprovalRequested(
+        path=path,
+        name=path.removesuffix("/approval#1").rpartition("/")[2].partition("#")[0],
+        call_id=question.name,
+        question=question.text or "",
+        arguments=question.arguments or {},
+    )
+    return await execution.open_wait(
         path,
         question.kind,
         question.name,
         due,
+        None if question.kind == "signal" else event,
         question=question.text,
         arguments=None if question.arguments is None else json.dumps(question.arguments),
         value_schema=json.dumps(codec.json_schema()),
     )
-    if fresh and question.kind != "signal":
-        await execution.emit(
-            ApprovalRequested(
-                path=path,
-                name=path.rpartition("/")[2].partition("#")[0],
-                call_id=question.name,
-                question=question.text or "",
-                arguments=question.arguments or {},
-            )
-        )
-    return due
 
 
 async def _peek(execution: Execution, name: str) -> Row[Any] | None:
@@ -158,8 +154,8 @@ async def await_child(branch: Branch, path: str, name: str, start: Callable[[Con
     execution.services.poke()
     child = await _child_end(execution, path, child_id)
     text, failure = await _child_outcome(execution, child)
-    closing = execution.closing(path)
-    await execution.record(path, name, "child", digest, asked, started, Outcome(agent=branch.agent), text, failure, closing)
+    outcome = Outcome(agent=branch.agent, also=execution.closing(path))
+    await execution.record(path, name, "child", digest, asked, started, outcome, text, failure)
     if failure is not None:
         raise failure
     return codec.load(text or "null")

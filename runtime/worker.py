@@ -69,7 +69,7 @@ class Worker:
         *,
         launcher: Launcher,
         resources: Mapping[str, Any],
-        open_router: Callable[[], Any],
+        open_router: Callable[[], Awaitable[Any]],
         concurrency: int = 100,
         lease_seconds: float = lease.LEASE_SECONDS,
         roots: set[str] | None = None,
@@ -102,10 +102,9 @@ class Worker:
 
     # --- services of executions -------------------------------------------------------------------------------------
 
-    @property
-    def router(self) -> Any:
+    async def router(self) -> Any:
         """The model router."""
-        return self._open_router()
+        return await self._open_router()
 
     def spawn(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         """Run something in the background, as long as the worker lives."""

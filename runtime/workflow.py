@@ -16,12 +16,12 @@ from types import CodeType
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast, overload
 
 import anyio
-import anyio.to_thread
 
 from ridethrough.runtime.errors import ConfigError, SerializationError, UsageError
 from ridethrough.runtime.execution import Branch, Execution, Inside, Launcher, Outcome, current_branch, position
 from ridethrough.runtime.payload import Codec, describe_input, resolved_hints, result_codec
 from ridethrough.runtime.source import source_of
+from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, await_child, receive, sleep_until
 
 P = ParamSpec("P")
@@ -279,7 +279,7 @@ class Step(Generic[P, R]):
     async def _call(self, args: Any, kwargs: Any) -> Any:
         if self._async:
             return await self.function(*args, **kwargs)
-        return await anyio.to_thread.run_sync(lambda: self.function(*args, **kwargs), abandon_on_cancel=True)
+        return await run_in_thread(lambda: self.function(*args, **kwargs))
 
 
 def backoff(attempt: int, base: float = 0.2, longest: float = 30.0) -> float:

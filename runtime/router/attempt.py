@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,8 +85,9 @@ class Attempt:
                 if reply.status >= 300:
                     raise await self._refused(reply)
                 if _is_stream(reply, self._stream):
-                    async for text in self._read_stream(reply):
-                        yield text
+                    async with aclosing(self._read_stream(reply)) as texts:
+                        async for text in texts:
+                            yield text
                 else:
                     yield await self._read_whole(reply)
         except ModelError as error:

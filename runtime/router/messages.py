@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, TypeAdapter, model_validator
 
 Finish = Literal["stop", "tool_calls", "length", "content_filter", "refusal", "other"]
 Degraded = Literal["cache", "static", "frontier", "standard", "small", "local"]
@@ -149,6 +149,10 @@ MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 """Parses any message from JSON or a mapping by its ``role``."""
 
 
+def _checked(item: object) -> Message:
+    return MESSAGE.validate_python(item)
+
+
 def _plain_call(call: Any) -> Any:
     if isinstance(call, Mapping) and isinstance(function := call.get("function"), Mapping):
         return parse_call(str(call.get("id") or ""), str(function.get("name") or ""), function.get("arguments"))
@@ -210,7 +214,7 @@ class ModelRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    messages: tuple[Message, ...]
+    messages: tuple[SkipValidation[Message], ...]
     tools: tuple[ToolSpec, ...] = ()
     tool_choice: str = "auto"
     output_schema: dict[str, Any] | None = None
@@ -235,7 +239,7 @@ class ModelRequest(BaseModel):
             pydantic.ValidationError: A message or a tool is not what it should be (a ``ValueError``).
         """
         values: dict[str, Any] = {
-            "messages": tuple(messages),
+            "messages": tuple([item if isinstance(item, _Message) else _checked(item) for item in messages]),
             "tools": tools,
             "tool_choice": tool_choice,
             "output_schema": output_schema,

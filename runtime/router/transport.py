@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -43,7 +43,19 @@ class Reply:
         self.status = response.status_code
         self.headers: dict[str, str] = {name.lower(): value for name, value in response.headers.items()}
         self._deployment = deployment
+        self._response = response
         self._chunks: AsyncIterator[bytes] = response.aiter_bytes()
+
+    async def aclose(self) -> None:
+        """Give the connection back, or close it when the body was not read to its end.
+
+        The client's generators are run to their end on the closed connection: left behind, they would be finished by
+        the garbage collector, at a time and in a task of its choosing.
+        """
+        await self._response.aclose()
+        with suppress(Exception):
+            while await anext(self._chunks, None) is not None:
+                pass
 
     @property
     def content_type(self) -> str:
@@ -123,11 +135,12 @@ class Connections:
         client.load += 1
         try:
             response = await self._send(client.http, path, body, headers, connect, deadline, deployment)
+            reply = Reply(response, deployment)
             try:
-                yield Reply(response, deployment)
+                yield reply
             finally:
                 with anyio.CancelScope(shield=True):
-                    await response.aclose()
+                    await reply.aclose()
         finally:
             client.load -= 1
 

@@ -51,7 +51,7 @@ def test_the_whole_contract_is_read() -> None:
 def test_config_is_frozen() -> None:
     config = parse_config(WHOLE)
     with pytest.raises(ValueError, match="frozen"):
-        config.durability = "power"
+        config.durability = "power"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

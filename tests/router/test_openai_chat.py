@@ -351,24 +351,27 @@ def recorded() -> Iterable[tuple[str, dict[str, Any]]]:
             yield f"{path.parent.name}/{path.stem}", case
 
 
-def outcome(response: dict[str, Any]) -> Answer:
+def outcome(response: dict[str, Any]) -> Answer | ModelError:
     if response["status"] >= 400:
-        raise classify(response["status"], response.get("body"), response["headers"])
-    if "sse" not in response:
-        return WIRE.parse(json.dumps(response["body"]).encode(), "d")
-    raw = response["sse"].encode()
-    return read(*(raw[start : start + 97] for start in range(0, len(raw), 97)))
+        return classify(response["status"], response.get("body"), response["headers"])
+    raw = response.get("sse", "").encode()
+    try:
+        if not raw:
+            return WIRE.parse(json.dumps(response["body"]).encode(), "d")
+        return read(*(raw[start : start + 97] for start in range(0, len(raw), 97)))
+    except ModelError as error:
+        return error
 
 
 def check(name: str, response: dict[str, Any]) -> None:
     raw = response.get("sse") or json.dumps(response.get("body"))
-    try:
-        answer = outcome(response)
-    except ModelError as error:
-        expected = QUOTED.get(name.partition("/")[2])
-        assert expected in (None, type(error).__name__), name
-        assert response["status"] >= 400 or '"error"' in raw or expected, f"{name}: {error}"
+    answer = outcome(response)
+    expected = QUOTED.get(name.partition("/")[2])
+    if isinstance(answer, ModelError):
+        assert expected in (None, type(answer).__name__), name
+        assert response["status"] >= 400 or '"error"' in raw or expected, f"{name}: {answer}"
         return
+    assert expected is None, name
     said = answer.message.text or answer.message.tool_calls or answer.message.content or answer.message.refusal
     assert said or answer.finish == "content_filter", name
     assert answer.finish != "other", name

@@ -76,10 +76,11 @@ def test_the_same_conversation_gets_the_same_answer() -> None:
 
 
 SCHEMAS: list[dict[str, Any]] = [
-    {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer", "minimum": 3}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer", "minimum": 3}}},
     {"type": "array", "items": {"enum": ["x", "y"]}, "minItems": 3, "maxItems": 3},
     {"$ref": "#/$defs/Node", "$defs": {"Node": {"type": "object", "properties": {
-        "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}, "v": {"type": "number", "exclusiveMaximum": 0}},
+        "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+        "v": {"type": "number", "exclusiveMaximum": 0}},
         "required": ["next", "v"]}}},
     {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}}, "required": ["kids"]},
     {"type": "string", "minLength": 40, "maxLength": 41},

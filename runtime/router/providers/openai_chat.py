@@ -70,7 +70,8 @@ class OpenAIChat:
 
     def render(self, request: ModelRequest, model: str, *, stream: bool) -> Rendered:
         """Write ``request`` as a body of ``/chat/completions``."""
-        messages = b",".join(self._message(message) for message in request.messages)
+        key, write = f"openai-chat/{self.provider}", self._message
+        messages = b",".join([message.rendered(key, write) for message in request.messages])
         body = _head(model, stream, self._quirks, request) + b',"messages":[' + messages + b"]"
         if request.tools:
             body += b',"tools":[' + b",".join(tool.rendered("openai-chat", _tool) for tool in request.tools) + b"]"
@@ -93,7 +94,7 @@ class OpenAIChat:
         return ChatStream(self.provider, deployment, self._table)
 
     def _message(self, message: Message) -> bytes:
-        return message.rendered(f"openai-chat/{self.provider}", lambda item: _dump(_message(item, self.provider)))
+        return _dump(_message(message, self.provider))
 
 
 # --- requests -------------------------------------------------------------------------------------------------------

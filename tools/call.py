@@ -1,0 +1,378 @@
+"""The life of a tool call: check, approve, intend, run, record.
+
+    arguments checked against the schema      a model's mistake goes back to it, with path and rule
+    approval                                  a wait of its own: only this branch is parked
+    intent (writes)                           on disk before the tool starts, so that it starts at most once
+    run                                       within the deadline and the concurrency limits
+    output capped, the whole kept             as an artifact that the model can read on
+    recorded                                  value or error, in one step of the run
+
+The answer of a call is always a result, never an exception: one failing call does not harm its siblings.
+
+After a crash a ``read`` or ``idempotent`` call without a result is simply run again (with the same key). A ``write``
+with an intent and without a result may or may not have taken effect: nobody guesses, ``on_interrupt`` says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+from pydantic import BaseModel
+
+from ridethrough.runtime.errors import (
+    Error,
+    NotStarted,
+    OutcomeUnknown,
+    SerializationError,
+    ToolFailed,
+    ToolInterrupted,
+)
+from ridethrough.runtime.events import ToolCallFinished, ToolCallStarted
+from ridethrough.runtime.execution import Branch, Execution, Inside, Outcome, stand
+from ridethrough.runtime.payload import Codec, content_hash, describe_error, digest_of, preview
+from ridethrough.runtime.threads import run_in_thread
+from ridethrough.runtime.waiting import Question, receive
+from ridethrough.runtime.workflow import backoff
+from ridethrough.tools.context import ToolContext
+from ridethrough.tools.output import cap_output, render_output
+from ridethrough.tools.schema import ArgumentsInvalid
+from ridethrough.tools.tool import Tool, ToolCall
+
+ARTIFACT_LIMIT = 64 * 1024 * 1024
+"""Bytes of a tool's output that are kept for reading on."""
+
+
+class ToolResult(BaseModel):
+    """What the model is told of a call, and what stands in the journal."""
+
+    content: str
+    is_error: bool = False
+
+
+class Verdict(BaseModel):
+    """A person's answer about a call; ``output`` is what an interrupted call is known to have returned."""
+
+    approved: bool
+    note: str | None = None
+    output: str | None = None
+
+
+_RESULT = Codec(ToolResult, "the result of a tool")
+_VERDICT = Codec(Verdict, "the decision about a call")
+
+
+class Limiters:
+    """Semaphores of one process, for tools with ``concurrency``, and of one turn, for ``sequential`` ones."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._semaphores: dict[str, anyio.Semaphore] = {}
+
+    def of(self, name: str, size: int) -> anyio.Semaphore:
+        """The semaphore of a tool."""
+        found = self._semaphores.get(name)
+        if found is None:
+            found = self._semaphores[name] = anyio.Semaphore(size)
+        return found
+
+
+class Request:
+    """A call that a model asked for, with its place in the run."""
+
+    __slots__ = ("agent", "arguments", "asked", "call_id", "key", "path", "raw_error", "run_id", "tool")
+
+    def __init__(
+        self,
+        tool: Tool[..., Any],
+        arguments: dict[str, Any] | str,
+        path: str,
+        branch: Branch,
+        raw_error: str | None = None,
+    ) -> None:
+        """``arguments`` as the model gave them; ``raw_error`` says what is wrong with them if they are no JSON object."""
+        self.tool = tool
+        self.path = path
+        self.arguments = arguments
+        self.raw_error = raw_error
+        self.agent = branch.agent
+        self.run_id = branch.execution.run_id
+        digest = hashlib.blake2b(f"{self.run_id}\n{path}".encode(), digest_size=16).hexdigest()
+        self.call_id = f"{tool.name}-{digest[:10]}"
+        self.key = f"rt-{digest}"
+        self.asked = json.dumps(arguments, sort_keys=True, ensure_ascii=False, default=str)
+
+    def as_call(self, arguments: dict[str, Any]) -> ToolCall:
+        """What the user's functions (approval, on_interrupt) are given."""
+        return ToolCall(self.tool.name, arguments, self.call_id, self.run_id, self.agent)
+
+
+async def call_tool(branch: Branch, request: Request, deps: Any, turn: Limiters, process: Limiters) -> ToolResult:
+    """Perform a call, or take its result from the journal."""
+    execution, path = branch.execution, request.path
+    digest = digest_of(request.asked)
+    row = execution.recorded(path, "tool", digest, request.asked)
+    if row is not None:
+        execution.abandoned.append(f"{path}/")  # its approval stays unread
+        if execution.ending is not None:
+            await execution.halt()
+        text = row.output if row.output_ref is None else await execution.read_payload(row.output_ref)
+        return _RESULT.load(text)  # type: ignore[no-any-return]
+    await execution.before_live(branch, path, "tool", digest)
+    return await _Call(branch, request, digest, deps, turn, process).perform()
+
+
+class _Call:
+    """One call on its way through its life."""
+
+    def __init__(
+        self, branch: Branch, request: Request, digest: str, deps: Any, turn: Limiters, process: Limiters
+    ) -> None:
+        self.branch = branch
+        self.execution: Execution = branch.execution
+        self.request = request
+        self.tool = request.tool
+        self.digest = digest
+        self.deps = deps
+        self.turn = turn
+        self.process = process
+        self.outcome = Outcome(agent=branch.agent)
+        self.started = self.execution.services.clock.now()
+
+    async def perform(self) -> ToolResult:
+        result, failure = await self._result()
+        await self.execution.record(
+            self.request.path, self.tool.name, "tool", self.digest, self.request.asked, self.started, self.outcome,
+            _RESULT.dump(result), failure,
+        )  # fmt: skip
+        self._announce_end(result)
+        return result
+
+    async def _result(self) -> tuple[ToolResult, Exception | None]:
+        """The result, and the error behind it if it is one."""
+        try:
+            arguments = self._parse()
+            refusal = await self._approval(arguments)
+            if refusal is not None:
+                return refusal, None
+            return await self._shown(await self._run(arguments)), None
+        except Exception as error:
+            return ToolResult(content=preview(_told(error), self.tool.max_output), is_error=True), error
+
+    def _parse(self) -> dict[str, Any]:
+        if self.request.raw_error is not None:
+            raise ArgumentsInvalid([self.request.raw_error])
+        return self.tool.parameters.parse(self.request.arguments)
+
+    # --- people -----------------------------------------------------------------------------------------------------
+
+    async def _approval(self, arguments: dict[str, Any]) -> ToolResult | None:
+        """Wait for a person if the tool wants one; the answer to the model if it is no."""
+        wanted = self.tool.approval
+        if callable(wanted):
+            answer = wanted(self.request.as_call(arguments))
+            wanted = bool(await answer if inspect.isawaitable(answer) else answer)
+        if not wanted:
+            return None
+        verdict = await self._ask("approval", "approval#1", f"May {self.tool.name} run?")
+        self.started = self.execution.services.clock.now()
+        if verdict.approved:
+            return None
+        return ToolResult(content=_with_note("A person refused this call; it was not made.", verdict.note), is_error=True)
+
+    async def _ask(self, kind: str, name: str, text: str) -> Verdict:
+        arguments = self.request.arguments
+        shown = arguments if isinstance(arguments, dict) else {"raw": arguments}
+        question = Question(kind, self.request.call_id, text, shown)
+        found: Verdict = await receive(self.branch, f"{self.request.path}/{name}", question, _VERDICT, None)
+        return found
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    async def _run(self, arguments: dict[str, Any]) -> Any:
+        if self.tool.effect == "write":
+            intent = self.execution.intents.get(self.request.path)
+            if intent is not None:
+                settled = await self._interrupted(arguments)
+                if settled is not None:
+                    return settled
+            await self._intend(1 if intent is None else intent.attempt + 1)
+        self._announce_start(arguments)
+        async with AsyncExitStack() as limits:
+            for semaphore in self._semaphores():
+                await limits.enter_async_context(semaphore)
+            return await self._attempts(arguments)
+
+    def _semaphores(self) -> list[anyio.Semaphore]:
+        found = []
+        if self.tool.sequential:
+            found.append(self.turn.of(self.tool.name, 1))
+        if self.tool.concurrency is not None:
+            found.append(self.process.of(self.tool.name, self.tool.concurrency))
+        return found
+
+    async def _intend(self, attempt: int) -> None:
+        """Promise 3: this is on disk before the tool starts."""
+        row = {
+            "run_id": self.request.run_id, "path": self.request.path, "attempt": attempt, "name": self.tool.name,
+            "digest": self.digest, "started_at": self.execution.services.clock.now(),
+        }  # fmt: skip
+        store = self.execution.services.store
+        await self.execution.do(lambda connection: store.insert_intent(connection, row))
+        self.outcome.attempts = attempt
+
+    async def _attempts(self, arguments: dict[str, Any]) -> Any:
+        kwargs = dict(arguments)
+        if self.tool.parameters.context is not None:
+            kwargs[self.tool.parameters.context] = self._context()
+        attempt = 1
+        while True:
+            try:
+                return await self._once(kwargs)
+            except Exception:
+                if attempt > self.tool.retries:
+                    raise
+            clock = self.execution.services.clock
+            await clock.wait(anyio.Event(), clock.now() + backoff(attempt))
+            attempt += 1
+            self.outcome.attempts += 1
+
+    async def _once(self, kwargs: dict[str, Any]) -> Any:
+        with anyio.move_on_after(self.tool.timeout), stand(Inside(self.request.path)):
+            return await self._function(kwargs)
+        doubt = " It may have taken effect all the same." if self.tool.effect == "write" else ""
+        raise TimeoutError(f"{self.tool.name} did not end within {self.tool.timeout:g} s.{doubt}")
+
+    async def _function(self, kwargs: dict[str, Any]) -> Any:
+        if not self.tool.is_async:
+            return await run_in_thread(lambda: self.tool.function(**kwargs))
+        try:
+            return await self.tool.function(**kwargs)
+        except SystemExit as error:  # one tool must not end the process of all runs
+            raise ToolFailed(f"{self.tool.name} tried to end the process ({error!r}).") from error
+
+    def _context(self) -> ToolContext[Any]:
+        return ToolContext(
+            run_id=self.request.run_id,
+            call_id=self.request.call_id,
+            idempotency_key=self.request.key,
+            deps=self.deps,
+            resources=self.execution.services.resources,
+            on_progress=self._progress,
+        )
+
+    # --- after a crash ----------------------------------------------------------------------------------------------
+
+    async def _interrupted(self, arguments: dict[str, Any]) -> Any:
+        """What is known of a write that had started: its output, or ``None`` if it is safe to start it again.
+
+        Raises:
+            ToolInterrupted: it is not known, and the model is to be told.
+        """
+        how = self.tool.on_interrupt
+        if how == "tell":
+            raise _unknown(self.tool.name)
+        if how != "ask":
+            try:
+                return await self._find_out(how, arguments)
+            except NotStarted:
+                return None
+            except OutcomeUnknown:
+                pass
+        verdict = await self._ask(
+            "interrupted", "interrupted#1",
+            f"{self.tool.name} was interrupted; nobody knows whether it took effect. Approve: start it again. "
+            f"Deny: do not; the model is told that the outcome is unknown.",
+        )  # fmt: skip
+        if verdict.output is not None:
+            return verdict.output
+        if verdict.approved:
+            return None
+        raise _unknown(self.tool.name, verdict.note)
+
+    async def _find_out(self, check: Callable[[ToolCall], Awaitable[Any]], arguments: dict[str, Any]) -> Any:
+        """Ask the tool's own check; a check that itself fails has found nothing out."""
+        try:
+            with anyio.fail_after(self.tool.timeout), stand(Inside(self.request.path)):
+                return _Known(await check(self.request.as_call(arguments)))
+        except (NotStarted, OutcomeUnknown):
+            raise
+        except Exception as error:
+            raise OutcomeUnknown(f"The check of {self.tool.name} failed: {describe_error(error)}") from error
+
+    # --- output and events ------------------------------------------------------------------------------------------
+
+    async def _shown(self, value: Any) -> ToolResult:
+        """The output as the model sees it; the whole is kept where it is longer."""
+        value = value.value if isinstance(value, _Known) else value
+        text = await _render(value, self.tool.name)
+        if len(text) <= self.tool.max_output:
+            return ToolResult(content=text)
+        data = text.encode("utf-8", "surrogatepass")[:ARTIFACT_LIMIT]
+        self.outcome.artifact = data
+        return ToolResult(content=cap_output(text, self.tool.max_output, content_hash(data))[0])
+
+    def _announce_start(self, arguments: dict[str, Any], progress: str | None = None) -> None:
+        if self.execution.watchers:
+            shown = json.loads(json.dumps(arguments, default=str))
+            self.execution.publish(
+                ToolCallStarted(
+                    path=self.request.path, name=self.tool.name, call_id=self.request.call_id, arguments=shown,
+                    agent=self.request.agent, progress=progress,
+                )  # fmt: skip
+            )
+
+    def _progress(self, text: str) -> None:
+        self._announce_start({}, text)
+
+    def _announce_end(self, result: ToolResult) -> None:
+        execution = self.execution
+        if execution.watchers:
+            now = execution.services.clock.now()
+            execution.publish(
+                ToolCallFinished(
+                    run_id=execution.run_id, seq=execution.seq, at=now, path=self.request.path, name=self.tool.name,
+                    call_id=self.request.call_id, status="failed" if result.is_error else "done",
+                    output=preview(result.content, 400), agent=self.request.agent, seconds=now - self.started,
+                )  # fmt: skip
+            )
+
+
+class _Known:
+    """What a check found out; wrapped, because the output itself may be ``None``."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+async def _render(value: Any, tool: str) -> str:
+    """Large values are rendered in a thread: a 50 MB text would hold up every other run for a tenth of a second."""
+    if isinstance(value, str | bytes) and len(value) > 1_000_000:
+        return await run_in_thread(lambda: render_output(value, tool))
+    return render_output(value, tool)
+
+
+def _told(error: Exception) -> str:
+    """What the model is told of a failure: enough to act on, nothing of our inside."""
+    if isinstance(error, ArgumentsInvalid | ToolFailed | ToolInterrupted | SerializationError):
+        return str(error)
+    if isinstance(error, TimeoutError | Error):
+        return str(error) or type(error).__name__
+    return f"The tool failed: {describe_error(error)}"
+
+
+def _unknown(name: str, note: str | None = None) -> ToolInterrupted:
+    text = (
+        f"This call of {name} was interrupted by a crash. It may or may not have taken effect, so it was not made "
+        f"again. Find out before you repeat it."
+    )
+    return ToolInterrupted(_with_note(text, note))
+
+
+def _with_note(text: str, note: str | None) -> str:
+    return f"{text} Note: {note}" if note else text
