@@ -17,6 +17,8 @@ are one transaction, so no wake-up can fall between them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,9 +34,10 @@ from sqlalchemy import Connection, Row
 
 from ridethrough.runtime import payload
 from ridethrough.runtime.errors import Diverged, SerializationError, StoreError, UsageError
-from ridethrough.runtime.events import EventBase, RunPaused, StepFinished, StepStarted
+from ridethrough.runtime.events import EventBase, RunPaused, StepFinished, StepStarted, ToolCallFinished
 from ridethrough.runtime.journal import Fenced, Journal, Unit
 from ridethrough.runtime.payload import INLINE_LIMIT, Codec, digest_of, preview
+from ridethrough.runtime.testpoints import killpoint
 
 if TYPE_CHECKING:
     from ridethrough.runtime.clock import Clock
@@ -244,6 +247,8 @@ class Execution:
         self.watchers: list[Callable[[EventBase], None]] = []
         self.abandoned: list[str] = []
         self.had_waits = bool(waits)
+        self.timings: dict[str, tuple[float, float]] | None = None
+        """Start and end of each step by path, where somebody counts working time."""
         self.parked_for: tuple[str, datetime | None] = ("", None)
         self._parking: anyio.Event | None = None
 
@@ -278,12 +283,14 @@ class Execution:
         failure: Exception | None = None
         value: Any = None
         text: str | None = None
+        killpoint("step.before_call")
         try:
             value = await call(path, outcome)
         except Exception as error:
             failure = error
         finally:
             _position.reset(token)
+        killpoint("step.after_call")
         if failure is None:
             try:
                 text, value = codec.settle(value)
@@ -299,7 +306,8 @@ class Execution:
         row = self.replay.pop(path, None)
         if row is not None and (row.digest != digest or row.kind != kind):
             self.diverge(path, f"{row.kind} {row.name} with {row.asked}", f"{kind} with {preview(asked)}")
-            return row
+        if row is not None and self.timings is not None:
+            self.timings[path] = (row.started_at, row.ended_at)
         return row
 
     async def recall(self, row: Row[Any], codec: Codec) -> Any:
@@ -376,6 +384,8 @@ class Execution:
     ) -> None:
         """Put a finished step into the journal and wait until it is on disk."""
         ended = self.services.clock.now()
+        if self.timings is not None:
+            self.timings[path] = (started, ended)
         self.seq = seq = self.seq + 1
         error = None if failure is None else payload.dump_error(failure)
         large = text is not None and len(text) > INLINE_LIMIT
@@ -390,6 +400,8 @@ class Execution:
             unit = Unit(self.run_id, self.info.fence, step=tuple(row))
         await self.write(unit)
         if self.watchers:
+            if kind == "tool":
+                self.publish(tool_finished(row, text))
             self.publish(_finished(row, seq))
 
     def _with_payloads(self, row: list[Any], large: bool, outcome: Outcome) -> Callable[[Connection], None]:
@@ -486,11 +498,13 @@ class Execution:
         if self.active > 0 or self.ending is not None or self._parking is not None or not self._worth_parking():
             return
         self._parking = anyio.Event()
+        killpoint("park.before")
         try:
             ending = await self._leave()
         finally:
             parking, self._parking = self._parking, None
             parking.set()
+        killpoint("park.after")
         if ending is not None:
             self.end(ending)
         else:
@@ -712,6 +726,25 @@ class _Group:
 SIGNALLED = ("signal", "question", "approval", "interrupted")
 FINAL_STATUSES = ("done", "failed", "cancelled")
 _URGENCY = {"approval": 0, "interrupted": 1, "question": 2, "signal": 3, "child": 4, "timer": 5}
+
+
+def call_digest(run_id: str, path: str) -> str:
+    """What makes a tool call unique, whatever ids the provider repeats: 32 hexadecimal digits."""
+    return hashlib.blake2b(f"{run_id}\n{path}".encode(), digest_size=16).hexdigest()
+
+
+def call_id(run_id: str, path: str, name: str) -> str:
+    """The id under which people and tools know a call."""
+    return f"{name}-{call_digest(run_id, path)[:10]}"
+
+
+def tool_finished(row: Sequence[Any], text: str | None) -> ToolCallFinished:
+    """The event of a tool's journal row (values in the order of ``STEP_COLUMNS``); ``text`` is its output."""
+    output = json.loads(text or "{}").get("content", "")
+    return ToolCallFinished(
+        run_id=row[0], seq=row[1], path=row[2], name=row[3], status=row[5], at=row[14], agent=row[15],
+        call_id=call_id(row[0], row[2], row[3]), seconds=row[14] - row[13], output=preview(output, 400),
+    )  # fmt: skip
 
 
 def _finished(row: list[Any], seq: int) -> StepFinished:

@@ -24,15 +24,14 @@ from ridethrough.runtime.events import (
     RunStarted,
     StepFinished,
     StepStarted,
-    ToolCallFinished,
 )
+from ridethrough.runtime.execution import tool_finished
 from ridethrough.runtime.store import Store
 from ridethrough.runtime.tables import FINAL
 from ridethrough.runtime.worker import Worker
 
 _PASSING = ("step_started", "model_delta", "model_reset", "tool_call_started")
 _FOLLOW_SECONDS = 0.1
-_OUTPUT_SHOWN = 400
 
 
 async def follow_events(worker: Worker, run_id: str, after: int, follow: bool) -> AsyncIterator[Any]:
@@ -70,6 +69,7 @@ async def _merge(worker: Worker, run_id: str, seen: int, follow: bool, live: Any
             for event in events:
                 seen = max(seen, event.seq)
                 yield event
+            floor = seen  # what lies at or below it has been read; the live stream has each later event once
             if ended or not follow:
                 return
             while True:
@@ -78,7 +78,7 @@ async def _merge(worker: Worker, run_id: str, seen: int, follow: bool, live: Any
                     if run_id not in worker.resident and watch.changed():
                         break
                     continue
-                if event.type in _PASSING or event.seq > seen:
+                if event.type in _PASSING or event.seq > floor:
                     seen = max(seen, event.seq)
                     yield event
                 if event.type == "run_finished":
@@ -125,20 +125,9 @@ def _step_events(row: Any) -> Iterator[Any]:
     error = None if row.error is None else payload.error_line(row.error)
     yield StepStarted(**{**head, "seq": max(row.seq - 1, 0)}, at=row.started_at, kind=row.kind, agent=row.agent)
     if row.kind == "tool":
-        yield ToolCallFinished(
-            **head, at=row.ended_at, status=row.status, agent=row.agent, seconds=row.ended_at - row.started_at,
-            output=error or _shown_output(row),
-        )  # fmt: skip
+        yield tool_finished(tuple(row), row.output)
     yield StepFinished(
         **head, at=row.ended_at, kind=row.kind, status=row.status, agent=row.agent, model=row.model, error=error,
         input_tokens=row.input_tokens or 0, output_tokens=row.output_tokens or 0, cost_usd=row.cost_usd,
         attempts=row.attempts, seconds=row.ended_at - row.started_at,
     )  # fmt: skip
-
-
-def _shown_output(row: Any) -> str:
-    if row.output_ref is not None:
-        return "(large)"
-    value = json.loads(row.output or "null")
-    text = value if isinstance(value, str) else str(value.get("content", "")) if isinstance(value, dict) else row.output
-    return payload.preview(text or "", _OUTPUT_SHOWN)

@@ -25,6 +25,7 @@ from sqlalchemy import Connection
 
 from ridethrough.runtime.errors import Error, RunConflict, StoreError
 from ridethrough.runtime.store import Record, Store
+from ridethrough.runtime.testpoints import killpoint
 
 _CLOSE = object()
 
@@ -181,6 +182,8 @@ class Journal:
                     self._operate(connection, unit)
                     start = index + 1
             self._write_rows(connection, units[start:])
+            killpoint("journal.before_commit")
+        killpoint("journal.after_commit")
 
     def _operate(self, connection: Connection, unit: Unit) -> None:
         """An operation's own error (not found, conflict) is its caller's; it must leave nothing behind."""

@@ -98,3 +98,22 @@ def load_target(target: str, cwd: str | None = None) -> Any:
         known = ", ".join(names) or "none"
         raise NotFound(f"Module {module_name} has no {attribute!r}. Workflows and agents there: {known}.")
     return getattr(module, attribute)
+
+
+def find_workflow(source: str, name: str, cwd: str | None = None) -> Any:
+    """The definition that a run recorded: by its attribute, else whatever of that name the module defines.
+
+    Raises:
+        NotFound: the module cannot be imported, or does not define it any more.
+    """
+    module_name, _, attribute = source.rpartition(":")
+    module = load_module(module_name, cwd)
+    candidates = [getattr(module, attribute, None), *vars(module).values()]
+    for item in candidates:
+        definition = getattr(item, "__workflow__", None)
+        if getattr(definition, "name", None) == name:
+            return definition
+    raise NotFound(
+        f"{module_name} does not define the workflow {name!r} any more. Put it back under that name (@workflow(name=...)) "
+        f"and resume."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row
@@ -13,6 +13,10 @@ from sqlalchemy import Connection, Row
 from ridethrough.runtime import control, lease, payload
 from ridethrough.runtime.store import Store
 from ridethrough.runtime.tables import FINAL
+
+
+PARKED = ("paused", "waiting")
+"""The statuses of a run that is in nobody's memory and waits for something."""
 
 
 class Fields:
@@ -261,6 +265,53 @@ def _intent_view(row: Row[Any]) -> StepView:
         started_at=_when(row.started_at),
         ended_at=None,
     )
+
+
+class Blocker(BaseModel):
+    """A wait, and the run of the tree that it belongs to."""
+
+    run_id: str
+    wait: WaitView
+
+
+class Outlook(BaseModel):
+    """How a run will go on, its child runs included.
+
+    ``works``: somebody executes it, or may at once. ``timed``: it goes on by itself at ``until``. ``stuck``: only a
+    person can move it. ``ended``: it does not go on.
+    """
+
+    state: Literal["works", "timed", "stuck", "ended"]
+    reason: str = ""
+    until: datetime | None = None
+    blockers: list[Blocker] = []
+
+
+def outlook(store: Store, connection: Connection, run_id: str, now: float) -> Outlook:
+    """Who or what can move a run.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    row = control.require(store, connection, run_id)
+    if row.status in FINAL:
+        return Outlook(state="ended")
+    if row.status not in PARKED or (row.wake_at is not None and row.wake_at <= now):
+        return Outlook(state="works")
+    own = _waits_by_run(store.waits(connection, [run_id])).get(run_id, [])
+    found = [Blocker(run_id=run_id, wait=wait) for wait in own if wait.kind != "child"]
+    if row.pause_reason == "operator":
+        return Outlook(state="stuck", reason="operator", blockers=found)
+    children = [outlook(store, connection, wait.name, now) for wait in own if wait.kind == "child"]
+    if any(child.state in ("works", "ended") for child in children):
+        return Outlook(state="works")
+    times = [child.until for child in children if child.until is not None]
+    times += [] if row.wake_at is None else [_when(row.wake_at)]
+    reasons = [child.reason for child in children if child.state == "stuck"] or [row.pause_reason or ""]
+    found += [blocker for child in children for blocker in child.blockers]
+    until = min(times, default=None)
+    reason = row.pause_reason if row.pause_reason != "child" else reasons[0]
+    return Outlook(state="stuck" if until is None else "timed", reason=reason or "", until=until, blockers=found)
 
 
 def unfinished(store: Store, connection: Connection) -> Sequence[str]:

@@ -26,9 +26,10 @@ from ridethrough.runtime.events import EventBase, RunFinished, RunPaused, RunSta
 from ridethrough.runtime.execution import SIGNALLED, Branch, Execution, Launcher, RunInfo, stand
 from ridethrough.runtime.journal import Fenced, Heartbeat, Journal, Unit
 from ridethrough.runtime.payload import INLINE_LIMIT
-from ridethrough.runtime.source import load_target
+from ridethrough.runtime.source import find_workflow
 from ridethrough.runtime.store import Store
 from ridethrough.runtime.tables import FINAL
+from ridethrough.runtime.testpoints import killpoint
 from ridethrough.runtime.workflow import REGISTRY, Workflow
 
 log = logging.getLogger("ridethrough")
@@ -254,9 +255,11 @@ class Worker:
 
     async def _claim(self, now: float, limit: int, always: str | None = None) -> None:
         resident, roots = list(self.resident), self._roots()
+        killpoint("claim.before")
         claims: list[Claim] = await self.journal.do(
             lambda connection: self._claimer.claim(connection, now, limit, resident, roots, always)
         )
+        killpoint("claim.after")
         loaded = await self.store.read(lambda connection: [self._load(connection, claim) for claim in claims])
         for claim, rows in zip(claims, loaded, strict=True):
             self.launch(claim.row, claim.fence, claim.seq, claim.recoveries, *rows)
@@ -292,11 +295,7 @@ class Worker:
                 f"Run {row.id}: its workflow {row.workflow!r} was defined in an interactive session and cannot be "
                 f"imported. Define it in this process before resuming."
             )
-        made = load_target(row.source, row.cwd)
-        workflow: Workflow[..., Any] | None = getattr(made, "__workflow__", None)
-        if workflow is None or workflow.name != row.workflow:
-            raise NotFound(f"Run {row.id}: {row.source} is not the workflow {row.workflow!r} any more.")
-        return workflow
+        return find_workflow(row.source, row.workflow, row.cwd)  # type: ignore[no-any-return]
 
     # --- driving ----------------------------------------------------------------------------------------------------
 
@@ -360,10 +359,12 @@ class Worker:
                   "b_error": ended.error, "b_at": now}  # fmt: skip
         fence, info = execution.info.fence, execution.info
         large = ended.result is not None and len(ended.result) > INLINE_LIMIT
+        killpoint("finish.before")
         if large or execution.had_waits or info.parent_id is not None:
             await self.journal.do(lambda connection: self._end(connection, info, ending, large, now), info.id, fence)
         else:
             await self.journal.write(Unit(info.id, fence, ending=ending))
+        killpoint("finish.after")
         ended.result_ref = ending["b_ref"]  # type: ignore[assignment]
         self._tell_end(execution, ended, now)
 

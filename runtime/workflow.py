@@ -75,7 +75,7 @@ class Workflow(Generic[P, R]):
         name: str | None = None,
         source: str | None = None,
         parameters: Mapping[str, inspect.Parameter] | None = None,
-        result: Codec | None = None,
+        result: Callable[[], Codec] | None = None,
     ) -> None:
         """Wrap ``function``; it is registered under ``name`` (default: the function's).
 
@@ -92,6 +92,7 @@ class Workflow(Generic[P, R]):
         self._parameters = dict(parameters or self.signature.parameters)
         self._codecs: dict[str, Codec] | None = None
         self._result = result
+        self._made_result_codec: Codec | None = None
         self._check_parameters()
         update_wrapper(self, function)
         REGISTRY[self.name] = self
@@ -120,8 +121,11 @@ class Workflow(Generic[P, R]):
 
     @property
     def result_codec(self) -> Codec:
-        """The codec of the result."""
-        return self._result or result_codec(self.function, f"workflow {self.name}")
+        """The codec of the result; made at the first use."""
+        if self._made_result_codec is None:
+            make = self._result or (lambda: result_codec(self.function, f"workflow {self.name}"))
+            self._made_result_codec = make()
+        return self._made_result_codec
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The input of a run as JSON text, an object by parameter name.
@@ -144,11 +148,12 @@ class Workflow(Generic[P, R]):
         Raises:
             SerializationError: it does not fit; the message names the parameter.
         """
-        if not isinstance(data, dict) or (len(self.codecs) == 1 and not set(data) <= set(self.codecs)):
-            if len(self.codecs) != 1:
+        if not isinstance(data, dict) or (len(self.codecs) == 1 and not set(data) <= set(self.codecs) and data):
+            needed = [name for name, item in self._parameters.items() if item.default is item.empty]
+            if len(needed) > 1 or not self.codecs:
                 names = ", ".join(self.codecs) or "none"
                 raise SerializationError(f"workflow {self.name}: give its input as an object. Its parameters: {names}.")
-            data = {next(iter(self.codecs)): data}
+            data = {next(iter(needed or self.codecs)): data}
         for name in data:
             if name not in self.codecs:
                 names = ", ".join(self.codecs) or "none"

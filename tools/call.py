@@ -15,7 +15,6 @@ with an intent and without a result may or may not have taken effect: nobody gue
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Awaitable, Callable
@@ -33,8 +32,8 @@ from ridethrough.runtime.errors import (
     ToolFailed,
     ToolInterrupted,
 )
-from ridethrough.runtime.events import ToolCallFinished, ToolCallStarted
-from ridethrough.runtime.execution import Branch, Execution, Inside, Outcome, stand
+from ridethrough.runtime.events import EventBase, ToolCallStarted
+from ridethrough.runtime.execution import Branch, Execution, Inside, Outcome, call_digest, call_id, stand
 from ridethrough.runtime.payload import Codec, content_hash, describe_error, digest_of, preview
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
@@ -53,6 +52,8 @@ class ToolResult(BaseModel):
 
     content: str
     is_error: bool = False
+    artifact: str | None = None
+    """The handle of the whole output, where ``content`` is shortened."""
 
 
 class Verdict(BaseModel):
@@ -102,9 +103,8 @@ class Request:
         self.raw_error = raw_error
         self.agent = branch.agent
         self.run_id = branch.execution.run_id
-        digest = hashlib.blake2b(f"{self.run_id}\n{path}".encode(), digest_size=16).hexdigest()
-        self.call_id = f"{tool.name}-{digest[:10]}"
-        self.key = f"rt-{digest}"
+        self.call_id = call_id(self.run_id, path, tool.name)
+        self.key = f"rt-{call_digest(self.run_id, path)}"
         self.asked = json.dumps(arguments, sort_keys=True, ensure_ascii=False, default=str)
 
     def as_call(self, arguments: dict[str, Any]) -> ToolCall:
@@ -125,6 +125,34 @@ async def call_tool(branch: Branch, request: Request, deps: Any, turn: Limiters,
         return _RESULT.load(text)  # type: ignore[no-any-return]
     await execution.before_live(branch, path, "tool", digest)
     return await _Call(branch, request, digest, deps, turn, process).perform()
+
+
+async def refuse_call(
+    branch: Branch,
+    path: str,
+    name: str,
+    arguments: Any,
+    error: Exception | None,
+    content: str = "",
+    event: EventBase | None = None,
+) -> ToolResult:
+    """Record a call that runs nothing: one that cannot be made (``error``), or a handoff (``content`` and its event)."""
+    execution = branch.execution
+    asked = json.dumps(arguments, sort_keys=True, ensure_ascii=False, default=str)
+    digest = digest_of(asked)
+    row = execution.recorded(path, "tool", digest, asked)
+    if row is not None:
+        return _RESULT.load(row.output)  # type: ignore[no-any-return]
+    await execution.before_live(branch, path, "tool", digest)
+    outcome, started = Outcome(agent=branch.agent), execution.services.clock.now()
+    result = ToolResult(content=str(error) if error else content, is_error=error is not None)
+    kept = None if event is None else execution.numbered(event)
+    if kept is not None:
+        outcome.also = lambda connection: execution.keep_event(connection, kept)
+    await execution.record(path, name, "tool", digest, asked, started, outcome, _RESULT.dump(result), error)
+    if kept is not None:
+        execution.publish(kept)
+    return result
 
 
 class _Call:
@@ -150,7 +178,6 @@ class _Call:
             self.request.path, self.tool.name, "tool", self.digest, self.request.asked, self.started, self.outcome,
             _RESULT.dump(result), failure,
         )  # fmt: skip
-        self._announce_end(result)
         return result
 
     async def _result(self) -> tuple[ToolResult, Exception | None]:
@@ -315,7 +342,8 @@ class _Call:
             return ToolResult(content=text)
         data = text.encode("utf-8", "surrogatepass")[:ARTIFACT_LIMIT]
         self.outcome.artifact = data
-        return ToolResult(content=cap_output(text, self.tool.max_output, content_hash(data))[0])
+        handle = content_hash(data)
+        return ToolResult(content=cap_output(text, self.tool.max_output, handle)[0], artifact=handle)
 
     def _announce_start(self, arguments: dict[str, Any], progress: str | None = None) -> None:
         if self.execution.watchers:
@@ -329,18 +357,6 @@ class _Call:
 
     def _progress(self, text: str) -> None:
         self._announce_start({}, text)
-
-    def _announce_end(self, result: ToolResult) -> None:
-        execution = self.execution
-        if execution.watchers:
-            now = execution.services.clock.now()
-            execution.publish(
-                ToolCallFinished(
-                    run_id=execution.run_id, seq=execution.seq, at=now, path=self.request.path, name=self.tool.name,
-                    call_id=self.request.call_id, status="failed" if result.is_error else "done",
-                    output=preview(result.content, 400), agent=self.request.agent, seconds=now - self.started,
-                )  # fmt: skip
-            )
 
 
 class _Known:

@@ -17,7 +17,7 @@ from _measure import Meter, arguments, report
 COMMANDS = {  # -P: a folder of the working directory must not shadow a package (`agents` is the OpenAI SDK's too)
     "python": ["-P", "-c", "pass"],
     "ridethrough": ["-P", "-c", "import ridethrough"],
-    "ridethrough, Runtime": ["-P", "-c", "from ridethrough import Runtime, workflow, step, Agent, tool"],
+    "ridethrough, Runtime and Agent": ["-P", "-c", "from ridethrough import Runtime, workflow, step, Agent, tool"],
     "ridethrough --help": [str(Path(sys.executable).with_name("ridethrough")), "--help"],  # the console script
     "dbos": ["-P", "-c", "import dbos"],
     "langgraph": ["-P", "-c", "import langgraph.graph, langgraph.prebuilt, langgraph.checkpoint.sqlite"],

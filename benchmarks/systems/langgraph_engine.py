@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Annotated, Any, TypedDict
 
 from _measure import (
@@ -41,6 +42,7 @@ DELTA = os.environ.get("BENCH_VARIANT") == "delta"
 SYSTEM = "langgraph-delta" if DELTA else "langgraph"
 
 clock = StepClock()
+ran = count()  # bodies of `bump` that really ran
 ledger: Ledger
 entered = threading.Semaphore(0)  # one for each run of the victim that is inside its open step
 survivors: Survivors | None = None
@@ -65,6 +67,7 @@ class Crashing(Count):
 
 
 def bump(state: Count) -> dict[str, int]:
+    next(ran)
     return {"i": state["i"] + 1}
 
 
@@ -141,9 +144,16 @@ def main() -> None:
                 run(graph, {"i": 0, "n": SEQUENTIAL_STEPS}, "x")
             report(SYSTEM, case, meter, SEQUENTIAL_STEPS)
         elif case == "fleet":
+            before = next(ran)
             with ThreadPoolExecutor(IN_FLIGHT) as pool, Meter() as meter:
                 list(pool.map(lambda i: run(graph, {"i": 0, "n": FLEET_STEPS}, f"run-{i}"), range(FLEET_RUNS)))
-            report(SYSTEM, case, meter, FLEET_RUNS * FLEET_STEPS)
+            report(
+                SYSTEM,
+                case,
+                meter,
+                FLEET_RUNS * FLEET_STEPS,
+                finished_steps_repeated=next(ran) - before - 1 - FLEET_RUNS * FLEET_STEPS,
+            )
         elif case == "history":
             with Meter() as meter:
                 run(loop(Count, timed_bump, saver), {"i": 0, "n": HISTORY_STEPS}, "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import count
 
 from _measure import (
     BYTES_STEPS,
@@ -30,6 +31,7 @@ from ridethrough import Runtime, step, workflow
 SYSTEM = "ridethrough"
 
 clock = StepClock()
+ran = count()  # bodies of `bump` that really ran
 ledger: Ledger
 inside = 0
 entered = asyncio.Event()  # set when every run of the victim is inside its open step
@@ -39,6 +41,7 @@ counter: ByteCounter
 
 @step()
 async def bump(i: int) -> int:
+    next(ran)
     return i + 1
 
 
@@ -129,6 +132,7 @@ async def main() -> None:
                 await (await runtime.start(sequence, SEQUENTIAL_STEPS, id="x")).result()
             report(SYSTEM, case, meter, SEQUENTIAL_STEPS)
         elif case == "fleet":
+            before = next(ran)
             slots = asyncio.Semaphore(IN_FLIGHT)
 
             async def one(i: int) -> None:
@@ -137,7 +141,13 @@ async def main() -> None:
 
             with Meter() as meter:
                 await asyncio.gather(*(one(i) for i in range(FLEET_RUNS)))
-            report(SYSTEM, case, meter, FLEET_RUNS * FLEET_STEPS)
+            report(
+                SYSTEM,
+                case,
+                meter,
+                FLEET_RUNS * FLEET_STEPS,
+                finished_steps_repeated=next(ran) - before - 1 - FLEET_RUNS * FLEET_STEPS,
+            )
         elif case == "history":
             with Meter() as meter:
                 await (await runtime.start(long_history, HISTORY_STEPS, id="x")).result()
