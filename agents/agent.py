@@ -182,7 +182,7 @@ class Agent(Generic[OutT]):
         handoffs: Sequence[Agent[Any]] = (),
         output: Any = str,
         guardrails: Sequence[Guardrail] = (),
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         sandbox: str | None = None,
         floor: str | None = None,
         priority: str | None = None,
@@ -261,7 +261,8 @@ class Agent(Generic[OutT]):
     def tool_specs(self) -> tuple[ToolSpec, ...]:
         """The tools and handoffs as the model sees them; the same objects every turn."""
         specs = [
-            ToolSpec(name=tool.name, description=tool.description, parameters=tool.parameters.json) for tool in self.tools
+            ToolSpec(name=tool.name, description=tool.description, parameters=tool.parameters.json)
+            for tool in self.tools
         ]
         return (*specs, *(_transfer_spec(agent) for agent in self.handoffs))
 
@@ -285,7 +286,8 @@ class Agent(Generic[OutT]):
                     reached[id(agent)] = agent
                     todo.append(agent)
         output = Union[tuple(agent.output for agent in reached.values())]  # noqa: UP007 - made at run time
-        return Codec(AgentResult[output], f"the result of agent {self.name}")  # type: ignore[valid-type]
+        result: Any = AgentResult
+        return Codec(result[output], f"the result of agent {self.name}")
 
     async def run(self, input: AgentInput, deps: Any = None, session: str | None = None) -> AgentResult[OutT]:
         """Run the agent: as part of the run of the workflow that calls, else as a run of its own on the open runtime.

@@ -33,7 +33,9 @@ class AgentTool:
         """
         if description is None:
             if not isinstance(agent.instructions, str):
-                raise ConfigError(f"agent {agent.name}: as_tool needs a description, as its instructions are a function.")
+                raise ConfigError(
+                    f"agent {agent.name}: as_tool needs a description, as its instructions are a function."
+                )
             description = agent.instructions[:ABOUT_LENGTH]
         self.agent = agent
         self.name = name

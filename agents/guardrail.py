@@ -29,7 +29,7 @@ class Guardrail:
     async def reason(self, context: Any, value: Any) -> str | None:
         """Why the value is refused, or ``None``."""
         found = self.check(context, value)
-        return await found if inspect.isawaitable(found) else found  # type: ignore[return-value]
+        return await found if inspect.isawaitable(found) else found
 
 
 @overload
@@ -61,6 +61,6 @@ def guardrail(
         raise ConfigError("guardrail: repair=True is for outputs; an input cannot be repaired by the model.")
 
     def decorate(function: Check) -> Guardrail:
-        return Guardrail(function, on, name or getattr(function, "__name__", "guardrail"), repair)
+        return Guardrail(function, on, name or str(getattr(function, "__name__", "guardrail")), repair)
 
     return decorate if check is None else decorate(check)

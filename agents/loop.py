@@ -110,9 +110,12 @@ class Conversation:
             if self.session is not None:
                 await self._save_session(self.session)
         return AgentResult.model_construct(
-            output=output, messages=self.messages, usage=self.usage,
-            cost_usd=self.cost if self.priced else None, agent=self.agent.name,
-        )  # fmt: skip
+            output=output,
+            messages=self.messages,
+            usage=self.usage,
+            cost_usd=self.cost if self.priced else None,
+            agent=self.agent.name,
+        )
 
     async def _begin(self, input: Any) -> None:
         if self.session is not None:
@@ -135,7 +138,10 @@ class Conversation:
         self._refresh_specs()
 
     def _refresh_specs(self) -> None:
-        extra = [ToolSpec(name=item.name, description=item.description, parameters=item.parameters.json) for item in self._extra]
+        extra = [
+            ToolSpec(name=item.name, description=item.description, parameters=item.parameters.json)
+            for item in self._extra
+        ]
         self._specs = (*self.agent.tool_specs, *extra)
         seen = [self.agent.name, self.system.text if self.system else "", self.agent.output_schema]
         shown = [[spec.name, spec.description, spec.parameters] for spec in self._specs]
@@ -184,9 +190,12 @@ class Conversation:
         """One answer, however long the models have to be waited for."""
         request = ModelRequest(
             [self.system, *self.messages] if self.system else self.messages,
-            tools=self._specs, output_schema=self.agent.output_schema, temperature=self.agent.temperature,
-            max_tokens=self.agent.max_tokens, reasoning=self.agent.reasoning,
-        )  # fmt: skip
+            tools=self._specs,
+            output_schema=self.agent.output_schema,
+            temperature=self.agent.temperature,
+            max_tokens=self.agent.max_tokens,
+            reasoning=self.agent.reasoning,
+        )
         while True:
             try:
                 response = await self._within_limit(self._answer(request, path))
@@ -230,9 +239,13 @@ class Conversation:
     def _call_context(self) -> CallContext:
         info = self.execution.info
         return CallContext(
-            tenant=info.tenant, labels=info.labels, workflow=info.workflow, agent=self.agent.name, run_id=info.id,
+            tenant=info.tenant,
+            labels=info.labels,
+            workflow=info.workflow,
+            agent=self.agent.name,
+            run_id=info.id,
             priority=self.agent.priority,
-        )  # fmt: skip
+        )
 
     async def _may_pause(self) -> bool:
         if not isinstance(self.agent.model, str):
@@ -448,7 +461,9 @@ class Conversation:
         except OutputInvalid as error:
             if response.finish == "refusal" or response.message.refusal:
                 raise InvalidOutput(f"Agent {self.agent.name}: the model refused: {preview(text)}") from error
-            return None, self._repair(f"Your answer does not have the required form. {error}\nAnswer again, in that form only.", error)
+            return None, self._repair(
+                f"Your answer does not have the required form. {error}\nAnswer again, in that form only.", error
+            )
         reason, culprit = await self._refusal("output", output)
         if culprit is None:
             return output, None
@@ -512,7 +527,9 @@ class Conversation:
     async def _save_session(self, name: str) -> None:
         """Add this run's messages, in the transaction of the step that says so."""
         store, run_id = self.execution.services.store, self.execution.run_id
-        fresh = [MESSAGE.dump_json(message).decode("utf-8", "surrogatepass") for message in self.messages[self._known :]]
+        fresh = [
+            MESSAGE.dump_json(message).decode("utf-8", "surrogatepass") for message in self.messages[self._known :]
+        ]
         path = self.branch.prefix
 
         async def call(_path: str, outcome: Outcome) -> int:

@@ -121,6 +121,10 @@ class Group(click.Group):
         super().__init__(*args, **kwargs)
         self.params += _common_options()
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they were added: what is needed first comes first."""
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Keep the common options for the commands, and help on a bare call."""
         _take_options(ctx)
@@ -155,7 +159,9 @@ def parse_json(text: str, option: str) -> Any:
         if source is not text:
             raise click.BadParameter(f"{text[1:]} is not JSON: {error}", param_hint=option) from None
         quoted = shlex.quote(json.dumps(text, ensure_ascii=False))
-        raise click.BadParameter(f"{text!r} is not JSON ({error}). A text is written {quoted}", param_hint=option) from None
+        raise click.BadParameter(
+            f"{text!r} is not JSON ({error}). A text is written {quoted}", param_hint=option
+        ) from None
 
 
 def _changed(options: Options, change: Callable[[Runtime], Awaitable[T]], must_exist: bool = True) -> T:
@@ -192,7 +198,9 @@ def _report(options: Options, run_id: str, text: str) -> None:
 
 @click.command("run", cls=Command)
 @click.argument("target", metavar="MODULE:WORKFLOW")
-@click.option("--input", "text", metavar="JSON|@FILE", help="An object gives keyword arguments, else the single argument.")
+@click.option(
+    "--input", "text", metavar="JSON|@FILE", help="An object gives keyword arguments, else the single argument."
+)
 @click.option("--id", "run_id", metavar="ID", help="The run's id; an unfinished run of that id is taken up.")
 @click.option("--tenant", metavar="T", help="Whose run it is.")
 @click.option("--priority", type=int, metavar="P", help="Runs of a higher one are taken first; 0 when left out.")
@@ -385,7 +393,9 @@ def fork_command(options: Options, run_id: str, step: str, new_id: str | None) -
         return (await runtime.fork(run_id, step, id=new_id)).id
 
     made = _changed(options, fork)
-    _report(options, made, f"{made} is queued, with the steps before {step}. Go on with: {options.command('resume', made)}")
+    _report(
+        options, made, f"{made} is queued, with the steps before {step}. Go on with: {options.command('resume', made)}"
+    )
     return OK
 
 
@@ -623,5 +633,3 @@ COMMANDS: tuple[click.Command, ...] = (
     db_group,
 )
 """What the folder ``runtime`` brings to the command line."""
-
-

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from ridethrough.runtime import lease, payload
 from ridethrough.runtime.errors import NotFound, RunBusy, RunCancelled, RunConflict, RunPoisoned, SerializationError
 from ridethrough.runtime.events import EventBase, RunResumed, RunStarted
-from ridethrough.runtime.store import RUN_COLUMNS, Store
+from ridethrough.runtime.store import RUN_COLUMNS, Store, StoredRow
 from ridethrough.runtime.tables import FINAL
 
 POISON_LIMIT = 10
@@ -27,7 +27,7 @@ REVIVABLE = ("Diverged", "RunPoisoned", "NotFound")
 """Failures of the machinery, not of the work: an explicit resume takes such a run up again."""
 
 
-def require(store: Store, connection: Connection, run_id: str) -> Row[Any]:
+def require(store: Store, connection: Connection, run_id: str) -> StoredRow:
     """The run.
 
     Raises:
@@ -54,7 +54,7 @@ def add_event(store: Store, connection: Connection, run_id: str, event: EventBas
     return seq
 
 
-def owner(store: Store, connection: Connection, row: Row[Any]) -> Row[Any] | None:
+def owner(store: Store, connection: Connection, row: StoredRow) -> StoredRow | None:
     """The live worker that holds a run, if there is one."""
     if row.worker_id is None:
         return None
@@ -67,7 +67,9 @@ def owner(store: Store, connection: Connection, row: Row[Any]) -> Row[Any] | Non
 # --- ending, cancelling, pausing ------------------------------------------------------------------------------------
 
 
-def finish(store: Store, connection: Connection, row: Any, status: str, error: Exception | None, now: float, **result: Any) -> None:
+def finish(
+    store: Store, connection: Connection, row: Any, status: str, error: Exception | None, now: float, **result: Any
+) -> None:
     """Give a run its final status, forget its waits, and let its parent look."""
     ending = {
         "b_id": row.id,
@@ -107,13 +109,21 @@ def pause(store: Store, connection: Connection, run_id: str, now: float) -> str:
         store.update_run(connection, run_id, wanted="pause")
         return "running"
     store.update_run(
-        connection, run_id, status="paused", fence=row.fence + 1, worker_id=None, wake_at=None, wanted=None,
-        pause_reason="operator", pause_until=None, parked_at=now,
-    )  # fmt: skip
+        connection,
+        run_id,
+        status="paused",
+        fence=row.fence + 1,
+        worker_id=None,
+        wake_at=None,
+        wanted=None,
+        pause_reason="operator",
+        pause_until=None,
+        parked_at=now,
+    )
     return "paused"
 
 
-def resume(store: Store, connection: Connection, run_id: str, now: float, me: str | None) -> Row[Any]:
+def resume(store: Store, connection: Connection, run_id: str, now: float, me: str | None) -> StoredRow:
     """Make a parked, queued or orphaned run one that may be claimed now.
 
     Raises:
@@ -137,7 +147,7 @@ def resume(store: Store, connection: Connection, run_id: str, now: float, me: st
     return row
 
 
-def _revive(store: Store, connection: Connection, row: Row[Any], now: float) -> None:
+def _revive(store: Store, connection: Connection, row: StoredRow, now: float) -> None:
     kind = payload.error_summary(row.error)["type"] if row.error else ""
     if row.status != "failed" or kind not in REVIVABLE:
         raise RunConflict(
@@ -217,9 +227,29 @@ def fork(store: Store, connection: Connection, run_id: str, at: str, new_id: str
         raise NotFound(f"Run {run_id} has no step {at!r}. Its steps: {known or 'none yet'}.")
     if store.run(connection, new_id) is not None:
         raise RunConflict(f"Run {new_id} exists already. Give the fork another id.")
-    values = {name: getattr(row, name) for name in ("workflow", "version", "input", "input_ref", "input_digest", "source",
-              "cwd", "tenant", "priority", "labels")}  # fmt: skip
-    fresh = {"id": new_id, "root_id": new_id, "status": "queued", "created_at": now, "wake_at": now, "forked_from": run_id}
+    values = {
+        name: getattr(row, name)
+        for name in (
+            "workflow",
+            "version",
+            "input",
+            "input_ref",
+            "input_digest",
+            "source",
+            "cwd",
+            "tenant",
+            "priority",
+            "labels",
+        )
+    }
+    fresh = {
+        "id": new_id,
+        "root_id": new_id,
+        "status": "queued",
+        "created_at": now,
+        "wake_at": now,
+        "forked_from": run_id,
+    }
     store.insert_runs(connection.connection.cursor(), [new_run_row({**values, **fresh, "strike_seq": 0})])
     store.copy_journal(connection, run_id, new_id, step.seq)
 
@@ -231,7 +261,7 @@ def fork(store: Store, connection: Connection, run_id: str, at: str, new_id: str
 class Claim:
     """A run that a worker has just taken."""
 
-    row: Row[Any]
+    row: StoredRow
     fence: int
     seq: int
     recoveries: int
@@ -246,30 +276,39 @@ class Claimer:
         self._worker_id = worker_id
         self._known = known
 
-    def something_due(self, connection: Connection, now: float, resident: Sequence[str], roots: Sequence[str] | None) -> bool:
+    def something_due(
+        self, connection: Connection, now: float, resident: Sequence[str], roots: Sequence[str] | None
+    ) -> bool:
         """Whether a claim would find anything; a read, so that an idle worker writes nothing."""
         return bool(self._orphans(connection, resident, roots) or self._due(connection, now, 1, roots))
 
     def claim(
-        self, connection: Connection, now: float, limit: int, resident: Sequence[str], roots: Sequence[str] | None,
+        self,
+        connection: Connection,
+        now: float,
+        limit: int,
+        resident: Sequence[str],
+        roots: Sequence[str] | None,
         always: str | None = None,
-    ) -> list[Claim]:  # fmt: skip
+    ) -> list[Claim]:
         """Take up to ``limit`` runs: orphans first, then what is due. ``always`` is a run that is taken whatever its version."""
         rows = self._orphans(connection, resident, roots, always)[:limit]
         rows += self._due(connection, now, limit - len(rows), roots) if limit > len(rows) else []
         if always is not None and always not in {row.id for row in rows}:
-            rows += [row for row in [self._store.run(connection, always)] if row is not None and row.wake_at is not None]
+            rows += [
+                row for row in [self._store.run(connection, always)] if row is not None and row.wake_at is not None
+            ]
         claims = [self._take(connection, row, now) for row in rows]
         self._bury(connection)
         return [claim for claim in claims if claim is not None]
 
-    def _due(self, connection: Connection, now: float, limit: int, roots: Sequence[str] | None) -> list[Row[Any]]:
+    def _due(self, connection: Connection, now: float, limit: int, roots: Sequence[str] | None) -> list[StoredRow]:
         known = self._known()
         return list(self._store.due(connection, now, known, limit, roots)) if known else []
 
     def _orphans(
         self, connection: Connection, resident: Sequence[str], roots: Sequence[str] | None, always: str | None = None
-    ) -> list[Row[Any]]:
+    ) -> list[StoredRow]:
         """Runs of dead workers, and of this one that it does not execute (their last write had failed)."""
         known, mine = self._known(), set(resident)
         holders = [*self._dead(connection), self._worker_id]
@@ -297,7 +336,7 @@ class Claimer:
             for worker_id in set(dead) - busy:
                 self._store.delete_worker(connection, worker_id)
 
-    def _take(self, connection: Connection, row: Row[Any], now: float) -> Claim | None:
+    def _take(self, connection: Connection, row: StoredRow, now: float) -> Claim | None:
         store, orphan = self._store, row.worker_id is not None and row.worker_id != self._worker_id
         if row.wanted == "cancel":
             cancel(store, connection, row.id, now)
@@ -310,9 +349,18 @@ class Claimer:
                 return None
         recoveries = changes.get("recoveries", row.recoveries)
         store.update_run(
-            connection, row.id, status="running", worker_id=self._worker_id, fence=row.fence + 1, wake_at=None,
-            started_at=row.started_at or now, pause_reason=None, pause_until=None, parked_at=None, **changes,
-        )  # fmt: skip
+            connection,
+            row.id,
+            status="running",
+            worker_id=self._worker_id,
+            fence=row.fence + 1,
+            wake_at=None,
+            started_at=row.started_at or now,
+            pause_reason=None,
+            pause_until=None,
+            parked_at=None,
+            **changes,
+        )
         if orphan:
             event: EventBase = RunStarted(at=now, workflow=row.workflow, recovery=recoveries)
             return Claim(row, row.fence + 1, add_event(store, connection, row.id, event), recoveries)
@@ -320,13 +368,13 @@ class Claimer:
             return Claim(row, row.fence + 1, add_event(store, connection, row.id, RunResumed(at=now)), recoveries)
         return Claim(row, row.fence + 1, store.last_seq(connection, row.id), recoveries)
 
-    def _strike(self, connection: Connection, row: Row[Any]) -> dict[str, Any]:
+    def _strike(self, connection: Connection, row: StoredRow) -> dict[str, Any]:
         """Count a death; progress since the last one starts the count anew."""
         seq = self._store.last_step(connection, row.id)
         strikes = row.strikes + 1 if seq == row.strike_seq else 1
         return {"recoveries": row.recoveries + 1, "strikes": strikes, "strike_seq": seq}
 
-    def _poison(self, connection: Connection, row: Row[Any], now: float) -> None:
+    def _poison(self, connection: Connection, row: StoredRow, now: float) -> None:
         error = RunPoisoned(
             f"Run {row.id}: its worker died {POISON_LIMIT} times without one new step, so it is not tried again. Look "
             f"at the step after the last one of `ridethrough show {row.id} --steps`; then ridethrough resume {row.id}.",

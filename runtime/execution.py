@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,9 +28,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
-import anyio.abc
 import anyio.lowlevel
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from ridethrough.runtime import payload
 from ridethrough.runtime.errors import Diverged, SerializationError, StoreError, UsageError
@@ -41,7 +40,7 @@ from ridethrough.runtime.testpoints import killpoint
 
 if TYPE_CHECKING:
     from ridethrough.runtime.clock import Clock
-    from ridethrough.runtime.store import Store
+    from ridethrough.runtime.store import Store, StoredRow
 
 log = logging.getLogger("ridethrough")
 
@@ -78,7 +77,7 @@ class Services(Protocol):
         """The running task."""
         ...
 
-    def spawn(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    def spawn(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
         """Run something in the background."""
         ...
 
@@ -160,7 +159,7 @@ def current_branch(what: str) -> Branch:
 
 
 @contextmanager
-def stand(place: Branch | Inside | None) -> Iterator[None]:
+def stand(place: Branch | Inside | None) -> Generator[None]:
     """Make ``place`` the caller's position."""
     token = _position.set(place)
     try:
@@ -221,9 +220,9 @@ class Execution:
         info: RunInfo,
         *,
         seq: int = 0,
-        steps: Sequence[Row[Any]] = (),
-        waits: Sequence[Row[Any]] = (),
-        intents: Sequence[Row[Any]] = (),
+        steps: Sequence[StoredRow] = (),
+        waits: Sequence[StoredRow] = (),
+        intents: Sequence[StoredRow] = (),
         code_names: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         """``seq`` is the last position in the journal; the rows are what is on record.
@@ -301,7 +300,7 @@ class Execution:
             raise payload.settle_error(failure)[1]
         return value
 
-    def recorded(self, path: str, kind: str, digest: str, asked: str) -> Row[Any] | None:
+    def recorded(self, path: str, kind: str, digest: str, asked: str) -> StoredRow | None:
         """The journal's row of a step; stops the run if it is the row of something else."""
         row = self.replay.pop(path, None)
         if row is not None and (row.digest != digest or row.kind != kind):
@@ -310,7 +309,7 @@ class Execution:
             self.timings[path] = (row.started_at, row.ended_at)
         return row
 
-    async def recall(self, row: Row[Any], codec: Codec) -> Any:
+    async def recall(self, row: StoredRow, codec: Codec) -> Any:
         """The recorded value of a step, or its recorded error raised."""
         if self.ending is not None:
             await self.halt()
@@ -329,7 +328,9 @@ class Execution:
         """A large value by its reference."""
         data = await self.services.store.read(lambda connection: self.services.store.payload(connection, ref))
         if data is None:
-            await self.stop("broken", StoreError(f"run {self.run_id}: stored value {ref} is missing. Run `ridethrough db check`."))
+            await self.stop(
+                "broken", StoreError(f"run {self.run_id}: stored value {ref} is missing. Run `ridethrough db check`.")
+            )
         return data.decode("utf-8", "surrogatepass") if data is not None else ""
 
     async def before_live(self, branch: Branch, path: str, kind: str, digest: str) -> None:
@@ -355,11 +356,9 @@ class Execution:
                 self.diverge(row.path, f"{row.kind} {row.name} with {row.asked}", f"{path} with the same input")
                 return
 
-    def _ahead(self, branch: Branch) -> list[Row[Any]]:
+    def _ahead(self, branch: Branch) -> list[StoredRow]:
         size = len(branch.prefix)
-        return [
-            row for path, row in self.replay.items() if path.startswith(branch.prefix) and "/" not in path[size:]
-        ]
+        return [row for path, row in self.replay.items() if path.startswith(branch.prefix) and "/" not in path[size:]]
 
     def diverge(self, path: str, recorded: str, asked: str) -> None:
         """Stop the run: its code asks for something else than the journal holds."""
@@ -390,10 +389,27 @@ class Execution:
         error = None if failure is None else payload.dump_error(failure)
         large = text is not None and len(text) > INLINE_LIMIT
         row = [
-            self.run_id, seq, path, name, kind, "done" if failure is None else "failed", digest, preview(asked),
-            text, None, None, error, outcome.attempts, started, ended,
-            outcome.agent, outcome.model, outcome.input_tokens, outcome.output_tokens, outcome.cost_usd,
-        ]  # fmt: skip
+            self.run_id,
+            seq,
+            path,
+            name,
+            kind,
+            "done" if failure is None else "failed",
+            digest,
+            preview(asked),
+            text,
+            None,
+            None,
+            error,
+            outcome.attempts,
+            started,
+            ended,
+            outcome.agent,
+            outcome.model,
+            outcome.input_tokens,
+            outcome.output_tokens,
+            outcome.cost_usd,
+        ]
         if large or outcome.artifact is not None or outcome.also is not None:
             unit = Unit(self.run_id, self.info.fence, operation=self._with_payloads(row, large, outcome))
         else:
@@ -408,7 +424,10 @@ class Execution:
         store, now = self.services.store, row[14]
 
         def operation(connection: Connection) -> None:
-            for column, data in ((9, row[8].encode("utf-8", "surrogatepass") if large else None), (10, outcome.artifact)):
+            for column, data in (
+                (9, row[8].encode("utf-8", "surrogatepass") if large else None),
+                (10, outcome.artifact),
+            ):
                 if data is not None:
                     row[column] = payload.content_hash(data)
                     store.insert_payload(connection, row[column], data, now)
@@ -539,9 +558,16 @@ class Execution:
             return None
         status, reason, due = self._reason(paused=self.holding == "pause" or row.wanted == "pause")
         store.update_run(
-            connection, self.run_id, status=status, worker_id=None, wanted=None, wake_at=due,
-            pause_reason=reason, pause_until=due, parked_at=now,
-        )  # fmt: skip
+            connection,
+            self.run_id,
+            status=status,
+            worker_id=None,
+            wanted=None,
+            wake_at=due,
+            pause_reason=reason,
+            pause_until=due,
+            parked_at=now,
+        )
         self.seq += 1
         until = None if due is None else _utc(due)
         self.parked_for = (reason, until)
@@ -635,7 +661,7 @@ class Execution:
             return []
         return await _Group(self, branch, group, jobs, min(limit or len(jobs), len(jobs)), on_error).run()
 
-    def unvisited(self) -> Row[Any] | None:
+    def unvisited(self) -> StoredRow | None:
         """A recorded step that the finished workflow never asked for, if there is one."""
         for path, row in self.replay.items():
             if not path.startswith(tuple(self.abandoned)):
@@ -742,18 +768,38 @@ def tool_finished(row: Sequence[Any], text: str | None) -> ToolCallFinished:
     """The event of a tool's journal row (values in the order of ``STEP_COLUMNS``); ``text`` is its output."""
     output = json.loads(text or "{}").get("content", "")
     return ToolCallFinished(
-        run_id=row[0], seq=row[1], path=row[2], name=row[3], status=row[5], at=row[14], agent=row[15],
-        call_id=call_id(row[0], row[2], row[3]), seconds=row[14] - row[13], output=preview(output, 400),
-    )  # fmt: skip
+        run_id=row[0],
+        seq=row[1],
+        path=row[2],
+        name=row[3],
+        status=row[5],
+        at=row[14],
+        agent=row[15],
+        call_id=call_id(row[0], row[2], row[3]),
+        seconds=row[14] - row[13],
+        output=preview(output, 400),
+    )
 
 
 def _finished(row: list[Any], seq: int) -> StepFinished:
     """The event of a journal row (values in the order of ``STEP_COLUMNS``)."""
     return StepFinished(
-        run_id=row[0], seq=seq, path=row[2], name=row[3], kind=row[4], status=row[5], at=row[14],
-        error=None if row[11] is None else payload.error_line(row[11]), attempts=row[12], seconds=row[14] - row[13],
-        agent=row[15], model=row[16], input_tokens=row[17] or 0, output_tokens=row[18] or 0, cost_usd=row[19],
-    )  # fmt: skip
+        run_id=row[0],
+        seq=seq,
+        path=row[2],
+        name=row[3],
+        kind=row[4],
+        status=row[5],
+        at=row[14],
+        error=None if row[11] is None else payload.error_line(row[11]),
+        attempts=row[12],
+        seconds=row[14] - row[13],
+        agent=row[15],
+        model=row[16],
+        input_tokens=row[17] or 0,
+        output_tokens=row[18] or 0,
+        cost_usd=row[19],
+    )
 
 
 def _utc(seconds: float) -> datetime:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import anyio
@@ -59,12 +60,7 @@ async def _merge(worker: Worker, run_id: str, seen: int, follow: bool, live: Any
     try:
         while True:
             watch.changed()
-            position = seen
-            events, ended = await worker.store.read(
-                lambda connection, position=position, started=started: past(
-                    worker.store, connection, run_id, position, started
-                )
-            )
+            events, ended = await worker.store.read(partial(past, worker.store, run_id, seen, started))
             started = True
             for event in events:
                 seen = max(seen, event.seq)
@@ -95,7 +91,7 @@ async def _next_live(live: Any) -> Any:
     return None
 
 
-def past(store: Store, connection: Connection, run_id: str, after: int, started: bool) -> tuple[list[Event], bool]:
+def past(store: Store, run_id: str, after: int, started: bool, connection: Connection) -> tuple[list[Event], bool]:
     """The events on disk after a position, and whether the run has ended."""
     row = control.require(store, connection, run_id)
     found: list[Any] = []
@@ -127,7 +123,16 @@ def _step_events(row: Any) -> Iterator[Any]:
     if row.kind == "tool":
         yield tool_finished(tuple(row), row.output)
     yield StepFinished(
-        **head, at=row.ended_at, kind=row.kind, status=row.status, agent=row.agent, model=row.model, error=error,
-        input_tokens=row.input_tokens or 0, output_tokens=row.output_tokens or 0, cost_usd=row.cost_usd,
-        attempts=row.attempts, seconds=row.ended_at - row.started_at,
-    )  # fmt: skip
+        **head,
+        at=row.ended_at,
+        kind=row.kind,
+        status=row.status,
+        agent=row.agent,
+        model=row.model,
+        error=error,
+        input_tokens=row.input_tokens or 0,
+        output_tokens=row.output_tokens or 0,
+        cost_usd=row.cost_usd,
+        attempts=row.attempts,
+        seconds=row.ended_at - row.started_at,
+    )

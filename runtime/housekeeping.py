@@ -68,5 +68,3 @@ def inspect_store(store: Store) -> list[str]:
     except sqlite3.Error as error:
         return [store.database.translate(error).message]
     return problems or store.read_now(store.dangling)
-
-

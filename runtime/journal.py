@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from sqlalchemy import Connection
@@ -27,6 +27,7 @@ from ridethrough.runtime.errors import Error, RunConflict, StoreError
 from ridethrough.runtime.store import Record, Store
 from ridethrough.runtime.testpoints import killpoint
 
+T = TypeVar("T")
 _CLOSE = object()
 
 
@@ -119,9 +120,10 @@ class Journal:
             raise unit.error
         return unit.result
 
-    async def do(self, operation: Callable[[Connection], Any], run_id: str = "", fence: int = -1) -> Any:
+    async def do(self, operation: Callable[[Connection], T], run_id: str = "", fence: int = -1) -> T:
         """Run an operation in a transaction of the writer and wait for its result."""
-        return await self.write(Unit(run_id, fence, operation=operation))
+        result: T = await self.write(Unit(run_id, fence, operation=operation))
+        return result
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -228,11 +230,11 @@ class Journal:
         if not units:
             return
         taken = self._store.existing(cursor, [unit.run_id for unit in units])
-        fresh = []
+        fresh: list[tuple[Any, ...]] = []
         for unit in units:
             if unit.run_id in taken:
                 unit.error = RunConflict(f"Run {unit.run_id} exists already.")
-            else:
+            elif unit.run_row is not None:
                 taken.add(unit.run_id)
                 fresh.append(unit.run_row)
         if fresh:

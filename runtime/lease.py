@@ -71,7 +71,7 @@ def is_gone(worker: Any, now: float) -> bool:
     """Whether a worker's lease has run out or its process is seen to be gone."""
     if worker.expires_at <= now:
         return True
-    return worker.host == host_identity() and process_start(worker.pid) != worker.pid_started
+    return bool(worker.host == host_identity() and process_start(worker.pid) != worker.pid_started)
 
 
 def describe(worker: Any) -> str:

@@ -287,8 +287,6 @@ def error_summary(text: str) -> dict[str, str]:
     return {"type": data["type"], "message": data["message"]}
 
 
-
-
 def load_labels(text: str | None) -> dict[str, str]:
     """The labels of a run."""
     return dict(json.loads(text)) if text else {}

@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import anyio
-import anyio.abc
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from ridethrough.runtime import control, payload, views
 from ridethrough.runtime.backend import current_backend
@@ -28,7 +27,7 @@ from ridethrough.runtime.execution import Branch, Launcher, position
 from ridethrough.runtime.journal import Unit
 from ridethrough.runtime.lease import LEASE_SECONDS
 from ridethrough.runtime.payload import INLINE_LIMIT, digest_of
-from ridethrough.runtime.store import Store
+from ridethrough.runtime.store import Store, StoredRow
 from ridethrough.runtime.worker import Ended, Worker
 from ridethrough.runtime.workflow import Workflow, open_runtime
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from ridethrough.runtime.router.router import Router
 
 T = TypeVar("T")
+DEFAULT_DATABASE = "sqlite:///ridethrough.db"
 GRACE_SECONDS = 5.0
 """How long running steps may go on when a runtime closes, before they are cut off (and repeated on resume)."""
 
@@ -150,7 +150,7 @@ class Runtime(Launcher):
         loaded = config if isinstance(config, Config) else load_config(Path(config) if config is not None else None)
         return cls(
             loaded,
-            database or loaded.database,
+            database or loaded.database or DEFAULT_DATABASE,
             resources=resources or {},
             concurrency=concurrency,
             clock=clock or SystemClock(),
@@ -260,23 +260,36 @@ class Runtime(Launcher):
             UsageError: called inside a workflow, or the arguments do not fit.
         """
         if isinstance(position(), Branch):
-            raise UsageError("runtime.start was called inside a workflow; on resume it would start again. Call the "
-                             "workflow itself: `await report('tides')` runs it as a child.")  # fmt: skip
+            raise UsageError(
+                "runtime.start was called inside a workflow; on resume it would start again. Call the "
+                "workflow itself: `await report('tides')` runs it as a child."
+            )
         definition = _definition(workflow)
         text = definition.bind(args, kwargs)
         run_id = id if id is not None else _new_id(definition.name)
         _check_id(run_id)
         self.worker.local.setdefault(definition.name, definition)
         now = self.clock.now()
-        here = self._serve and len(self.worker.resident) < self.worker.concurrency and (
-            self._roots is None or run_id in self._roots
+        here = (
+            self._serve
+            and len(self.worker.resident) < self.worker.concurrency
+            and (self._roots is None or run_id in self._roots)
         )
         values: dict[str, Any] = {
-            "id": run_id, "root_id": run_id, "workflow": definition.name, "version": definition.version,
-            "status": "running" if here else "queued", "input": text, "input_digest": digest_of(text),
-            "source": definition.source, "cwd": _cwd(), "tenant": tenant, "priority": priority or 0,
-            "labels": json.dumps(dict(labels)) if labels else None, "created_at": now,
-        }  # fmt: skip
+            "id": run_id,
+            "root_id": run_id,
+            "workflow": definition.name,
+            "version": definition.version,
+            "status": "running" if here else "queued",
+            "input": text,
+            "input_digest": digest_of(text),
+            "source": definition.source,
+            "cwd": _cwd(),
+            "tenant": tenant,
+            "priority": priority or 0,
+            "labels": json.dumps(dict(labels)) if labels else None,
+            "created_at": now,
+        }
         values |= {"worker_id": self.worker.worker_id, "fence": 1, "started_at": now} if here else {"wake_at": now}
         if await self._insert(run_id, values, text):
             if here:
@@ -317,10 +330,14 @@ class Runtime(Launcher):
 
     async def run_to_end(self, workflow: Any, arguments: Mapping[str, Any]) -> Any:
         """Start a run of its own and wait for its result."""
-        run = await self.start(workflow, **{key: workflow.codecs[key].load(json.dumps(value)) for key, value in arguments.items()})
+        run = await self.start(
+            workflow, **{key: workflow.codecs[key].load(json.dumps(value)) for key, value in arguments.items()}
+        )
         return await run.result()
 
-    def child_starter(self, workflow: Workflow[..., Any], text: str, branch: Branch) -> Callable[[Connection, str], None]:
+    def child_starter(
+        self, workflow: Workflow[..., Any], text: str, branch: Branch
+    ) -> Callable[[Connection, str], None]:
         """The insertion of a child run, for the journal's thread."""
         info, now = branch.execution.info, self.clock.now()
         self.worker.local.setdefault(workflow.name, workflow)
@@ -329,12 +346,22 @@ class Runtime(Launcher):
             if self.store.run(connection, child_id) is not None:
                 return
             values = {
-                "id": child_id, "root_id": info.root_id, "workflow": workflow.name, "version": workflow.version,
-                "status": "queued", "input": text, "input_digest": digest_of(text), "source": workflow.source,
-                "cwd": info.cwd, "tenant": info.tenant, "priority": info.priority, "created_at": now, "wake_at": now,
+                "id": child_id,
+                "root_id": info.root_id,
+                "workflow": workflow.name,
+                "version": workflow.version,
+                "status": "queued",
+                "input": text,
+                "input_digest": digest_of(text),
+                "source": workflow.source,
+                "cwd": info.cwd,
+                "tenant": info.tenant,
+                "priority": info.priority,
+                "created_at": now,
+                "wake_at": now,
                 "labels": json.dumps(dict(info.labels)) if info.labels else None,
                 "parent_id": info.id,
-            }  # fmt: skip
+            }
             if len(text) > INLINE_LIMIT:
                 self._insert_large(connection, values, text)
             else:
@@ -353,7 +380,7 @@ class Runtime(Launcher):
         row = await self.store.read(lambda connection: control.require(self.store, connection, run_id))
         return Run(self, run_id, self._find_workflow(row))
 
-    def _find_workflow(self, row: Row[Any]) -> Workflow[..., Any] | None:
+    def _find_workflow(self, row: StoredRow) -> Workflow[..., Any] | None:
         try:
             return self.worker.workflow(row)
         except NotFound:
@@ -361,7 +388,7 @@ class Runtime(Launcher):
 
     async def list(
         self, *, status: str | None = None, workflow: str | None = None, limit: int | None = 100
-    ) -> list[views.RunView]:
+    ) -> Sequence[views.RunView]:
         """Runs, newest first."""
         return await self.store.read(
             lambda connection: views.list_runs(self.store, connection, status=status, workflow=workflow, limit=limit)
@@ -395,7 +422,7 @@ class Runtime(Launcher):
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    async def resume(self, run_id: str | None = None) -> list[Run[Any]]:
+    async def resume(self, run_id: str | None = None) -> Sequence[Run[Any]]:
         """Take up a run that crashed or is parked; without an id, every unfinished one that nobody holds.
 
         Raises:
@@ -466,7 +493,7 @@ class Runtime(Launcher):
         await self._change(lambda connection, now: control.fork(self.store, connection, run_id, at, new_id, now))
         return await self.get(new_id)
 
-    async def _change(self, operation: Callable[[Connection, float], Any]) -> Any:
+    async def _change(self, operation: Callable[[Connection, float], T]) -> T:
         now = self.clock.now()
         result = await self.worker.journal.do(lambda connection: operation(connection, now))
         self.worker.poke()
@@ -476,7 +503,9 @@ class Runtime(Launcher):
 def _definition(workflow: Any) -> Workflow[..., Any]:
     definition = getattr(workflow, "__workflow__", None)
     if not isinstance(definition, Workflow):
-        raise UsageError(f"{getattr(workflow, '__name__', workflow)!r} is no workflow. Decorate it with @workflow, or give an agent.")
+        raise UsageError(
+            f"{getattr(workflow, '__name__', workflow)!r} is no workflow. Decorate it with @workflow, or give an agent."
+        )
     return definition
 
 
@@ -506,5 +535,3 @@ def _run_error(run_id: str, text: str) -> Exception:
     failed = RunFailed(f"Run {run_id} failed: {payload.error_line(text)}", run_id=run_id, error_type=summary["type"])
     failed.__cause__ = error
     return failed
-
-

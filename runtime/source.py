@@ -91,7 +91,9 @@ def load_target(target: str, cwd: str | None = None) -> Any:
     """
     module_name, colon, attribute = target.rpartition(":")
     if not colon or not module_name or not attribute:
-        raise NotFound(f"{target!r} does not name a workflow. Write MODULE:NAME or FILE.py:NAME, for example app.py:report.")
+        raise NotFound(
+            f"{target!r} does not name a workflow. Write MODULE:NAME or FILE.py:NAME, for example app.py:report."
+        )
     module = load_module(module_name, cwd)
     if not hasattr(module, attribute):
         names = [key for key, item in vars(module).items() if hasattr(item, "__workflow__")]

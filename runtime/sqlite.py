@@ -27,7 +27,10 @@ BUSY_SECONDS = 10.0
 _HINTS = (
     ("disk is full", "the disk is full. Free some space, then resume; everything that was finished is on disk"),
     ("readonly database", "it is read-only. Make the file and its folder writable for this user, then resume"),
-    ("database is locked", "another process has held its lock for more than {busy:.0f} s. Find it (it keeps a transaction open), then resume"),
+    (
+        "database is locked",
+        "another process has held its lock for more than {busy:.0f} s. Find it (it keeps a transaction open), then resume",
+    ),
     ("disk I/O error", "the disk failed. Check the file system and its space, then resume"),
     ("not a database", "it is not an SQLite database. Name another file with --db or `database`"),
     ("malformed", "it is damaged. Run `ridethrough db check`, and restore a backup if it says so"),
@@ -80,7 +83,7 @@ class SQLite:
         cursor.close()
 
     def fences(self, cursor: DBAPICursor, run_ids: Iterable[str]) -> dict[str, int]:
-        """The current fence of each run. In process a statement each costs 3 us; a list of any length would not be cached."""
+        """The current fence of each run. A statement each costs 3 us; a list of any length is not cached."""
         found: dict[str, int] = {}
         for run_id in run_ids:
             cursor.execute("SELECT fence FROM runs WHERE id = ?", (run_id,))
@@ -140,7 +143,7 @@ class SQLiteWatch:
             version: Any = self._connection.execute("PRAGMA data_version").fetchone()[0]
         except sqlite3.Error:
             return True
-        changed = version != self._seen
+        changed = bool(version != self._seen)
         self._seen = version
         return changed
 

@@ -19,7 +19,7 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlmodel import SQLModel
 
-from ridethrough.runtime.errors import ConfigError, StoreError, StoreVersionError
+from ridethrough.runtime.errors import ConfigError, StoreVersionError
 from ridethrough.runtime.sqlite import Durability, SQLite
 from ridethrough.runtime.tables import (
     FINAL,
@@ -36,6 +36,8 @@ from ridethrough.runtime.tables import (
 )
 
 T = TypeVar("T")
+StoredRow = Row[*tuple[Any, ...]]
+"""A row as it comes from the database; columns are attributes."""
 Record = Mapping[str, Any]
 
 
@@ -193,12 +195,15 @@ class Store:
 
     def finish_runs(self, cursor: DBAPICursor, endings: Sequence[Record]) -> None:
         """Give runs their final status."""
-        rows = [tuple(ending.get(name, self._finish_defaults.get(name)) for name in self._finish_order) for ending in endings]
+        rows = [
+            tuple(ending.get(name, self._finish_defaults.get(name)) for name in self._finish_order)
+            for ending in endings
+        ]
         cursor.executemany(self._finish_run, rows)
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
-    def run(self, connection: Connection, run_id: str) -> Row[Any] | None:
+    def run(self, connection: Connection, run_id: str) -> StoredRow | None:
         """One run, whole."""
         return connection.execute(select(RUNS).where(RUNS.c.id == run_id)).first()
 
@@ -210,7 +215,7 @@ class Store:
         workflow: str | None = None,
         parent: str | None = None,
         limit: int | None = 100,
-    ) -> Sequence[Row[Any]]:
+    ) -> Sequence[StoredRow]:
         """Runs, newest first, without their inputs and results."""
         query = select(*RUN_BRIEF).order_by(RUNS.c.created_at.desc(), RUNS.c.id)
         for column, value in ((RUNS.c.status, status), (RUNS.c.workflow, workflow), (RUNS.c.parent_id, parent)):
@@ -218,7 +223,7 @@ class Store:
                 query = query.where(column == value)
         return connection.execute(query.limit(limit)).all()
 
-    def usage(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, Row[Any]]:
+    def usage(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, StoredRow]:
         """Sums over the model calls of each run: ``input_tokens, output_tokens, model_calls, cost_usd``."""
         query = (
             select(
@@ -251,7 +256,7 @@ class Store:
         parked = or_(RUNS.c.status == "waiting", and_(RUNS.c.status == "paused", RUNS.c.pause_reason != "operator"))
         connection.execute(update(RUNS).where(RUNS.c.id.in_(run_ids), parked).values(wake_at=now))
 
-    def children(self, connection: Connection, run_id: str) -> Sequence[Row[Any]]:
+    def children(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
         """The unfinished child runs of a run."""
         query = select(*RUN_BRIEF).where(RUNS.c.parent_id == run_id, RUNS.c.status.not_in(FINAL))
         return connection.execute(query).all()
@@ -260,7 +265,7 @@ class Store:
 
     def due(
         self, connection: Connection, now: float, workflows: Mapping[str, str], limit: int, roots: Sequence[str] | None
-    ) -> Sequence[Row[Any]]:
+    ) -> Sequence[StoredRow]:
         """Parked and queued runs whose time has come, the most urgent first; of these roots only, if they are given."""
         known = [and_(RUNS.c.workflow == name, RUNS.c.version == version) for name, version in workflows.items()]
         query = (
@@ -271,7 +276,7 @@ class Store:
         )
         return connection.execute(query if roots is None else query.where(RUNS.c.root_id.in_(roots))).all()
 
-    def held_by(self, connection: Connection, worker_ids: Sequence[str]) -> Sequence[Row[Any]]:
+    def held_by(self, connection: Connection, worker_ids: Sequence[str]) -> Sequence[StoredRow]:
         """Runs that these workers hold, the most urgent and oldest first."""
         query = select(RUNS).where(RUNS.c.worker_id.in_(worker_ids))
         return connection.execute(query.order_by(RUNS.c.priority.desc(), RUNS.c.created_at, RUNS.c.id)).all()
@@ -297,25 +302,35 @@ class Store:
 
     # --- the journal ------------------------------------------------------------------------------------------------
 
-    def journal(self, connection: Connection, run_id: str) -> Sequence[Row[Any]]:
+    def journal(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
         """All that a run needs in memory to go on, in one query (5000 steps: about 20 ms)."""
         columns = (
-            STEPS.c.path, STEPS.c.kind, STEPS.c.name, STEPS.c.status, STEPS.c.digest, STEPS.c.asked, STEPS.c.output,
-            STEPS.c.output_ref, STEPS.c.error, STEPS.c.artifact_ref, STEPS.c.seq, STEPS.c.started_at,
+            STEPS.c.path,
+            STEPS.c.kind,
+            STEPS.c.name,
+            STEPS.c.status,
+            STEPS.c.digest,
+            STEPS.c.asked,
+            STEPS.c.output,
+            STEPS.c.output_ref,
+            STEPS.c.error,
+            STEPS.c.artifact_ref,
+            STEPS.c.seq,
+            STEPS.c.started_at,
             STEPS.c.ended_at,
-        )  # fmt: skip
+        )
         return connection.execute(select(*columns).where(STEPS.c.run_id == run_id).order_by(STEPS.c.seq)).all()
 
-    def steps(self, connection: Connection, run_id: str, after: int = 0) -> Sequence[Row[Any]]:
+    def steps(self, connection: Connection, run_id: str, after: int = 0) -> Sequence[StoredRow]:
         """The steps of a run with a position above ``after``, in order."""
         query = select(STEPS).where(STEPS.c.run_id == run_id, STEPS.c.seq > after).order_by(STEPS.c.seq)
         return connection.execute(query).all()
 
-    def step(self, connection: Connection, run_id: str, path: str) -> Row[Any] | None:
+    def step(self, connection: Connection, run_id: str, path: str) -> StoredRow | None:
         """One step by its path."""
         return connection.execute(select(STEPS).where(STEPS.c.run_id == run_id, STEPS.c.path == path)).first()
 
-    def intents(self, connection: Connection, run_id: str) -> Sequence[Row[Any]]:
+    def intents(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
         """The intents of a run, oldest attempt first."""
         return connection.execute(select(INTENTS).where(INTENTS.c.run_id == run_id).order_by(INTENTS.c.attempt)).all()
 
@@ -323,7 +338,7 @@ class Store:
         """Write down that a call is about to start. Unique: nobody can write the same attempt twice."""
         connection.execute(insert(INTENTS), row)
 
-    def events(self, connection: Connection, run_id: str, after: int = 0) -> Sequence[Row[Any]]:
+    def events(self, connection: Connection, run_id: str, after: int = 0) -> Sequence[StoredRow]:
         """The kept events of a run that are not steps."""
         query = select(EVENTS).where(EVENTS.c.run_id == run_id, EVENTS.c.seq > after).order_by(EVENTS.c.seq)
         return connection.execute(query).all()
@@ -334,7 +349,7 @@ class Store:
 
     # --- waits and signals ------------------------------------------------------------------------------------------
 
-    def waits(self, connection: Connection, run_ids: Sequence[str]) -> Sequence[Row[Any]]:
+    def waits(self, connection: Connection, run_ids: Sequence[str]) -> Sequence[StoredRow]:
         """What the runs are blocked on."""
         return connection.execute(select(WAITS).where(WAITS.c.run_id.in_(run_ids)).order_by(WAITS.c.since)).all()
 
@@ -355,7 +370,7 @@ class Store:
         """Keep input from outside until a step takes it."""
         connection.execute(insert(SIGNALS), {"run_id": run_id, "name": name, "value": value, "at": at})
 
-    def first_signal(self, connection: Connection, run_id: str, name: str) -> Row[Any] | None:
+    def first_signal(self, connection: Connection, run_id: str, name: str) -> StoredRow | None:
         """The oldest signal of that name that no step has taken."""
         query = select(SIGNALS).where(SIGNALS.c.run_id == run_id, SIGNALS.c.name == name, SIGNALS.c.taken_by.is_(None))
         return connection.execute(query.order_by(SIGNALS.c.id).limit(1)).first()
@@ -382,7 +397,7 @@ class Store:
         """A large value by its digest."""
         return connection.execute(select(PAYLOADS.c.data).where(PAYLOADS.c.hash == digest)).scalar()
 
-    def session(self, connection: Connection, name: str, upto: int | None = None) -> Sequence[Row[Any]]:
+    def session(self, connection: Connection, name: str, upto: int | None = None) -> Sequence[StoredRow]:
         """The messages of a session in order, up to a position."""
         query = select(SESSIONS).where(SESSIONS.c.session == name).order_by(SESSIONS.c.position)
         return connection.execute(query if upto is None else query.where(SESSIONS.c.position <= upto)).all()
@@ -400,7 +415,7 @@ class Store:
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
-    def workers(self, connection: Connection) -> Sequence[Row[Any]]:
+    def workers(self, connection: Connection) -> Sequence[StoredRow]:
         """All worker rows."""
         return connection.execute(select(WORKERS)).all()
 
@@ -422,7 +437,9 @@ class Store:
     def copy_journal(self, connection: Connection, source: str, target: str, before: int) -> None:
         """Give ``target`` the steps of ``source`` with a position below ``before``."""
         columns = [column.name for column in STEPS.columns]
-        values = [bindparam("target", target).label("run_id") if name == "run_id" else STEPS.c[name] for name in columns]
+        values = [
+            bindparam("target", target).label("run_id") if name == "run_id" else STEPS.c[name] for name in columns
+        ]
         query = select(*values).where(STEPS.c.run_id == source, STEPS.c.seq < before)
         connection.execute(insert(STEPS).from_select(columns, query))
 
@@ -447,13 +464,14 @@ class Store:
     def delete_orphan_payloads(self, connection: Connection, before: float) -> int:
         """Delete large values that no run or step refers to any more."""
         used = (
-            select(STEPS.c.output_ref).where(STEPS.c.output_ref.is_not(None))
+            select(STEPS.c.output_ref)
+            .where(STEPS.c.output_ref.is_not(None))
             .union(
                 select(STEPS.c.artifact_ref).where(STEPS.c.artifact_ref.is_not(None)),
                 select(RUNS.c.input_ref).where(RUNS.c.input_ref.is_not(None)),
                 select(RUNS.c.result_ref).where(RUNS.c.result_ref.is_not(None)),
             )
-        )  # fmt: skip
+        )
         statement = delete(PAYLOADS).where(PAYLOADS.c.hash.not_in(used), PAYLOADS.c.created_at < before)
         return int(connection.execute(statement).rowcount)
 
@@ -473,13 +491,17 @@ class Store:
                 and_(STEPS.c.artifact_ref.is_not(None), STEPS.c.artifact_ref.not_in(known)),
             )
         )
-        return [f"run {row.run_id}: the stored value of step {row.path} is missing" for row in connection.execute(query)]
+        return [
+            f"run {row.run_id}: the stored value of step {row.path} is missing" for row in connection.execute(query)
+        ]
 
     def _rows_without_run(self, connection: Connection) -> list[str]:
         found = []
         for table in (STEPS, INTENTS, WAITS, EVENTS):
             query = select(table.c.run_id).where(table.c.run_id.not_in(select(RUNS.c.id))).distinct()
-            found += [f"{table.name}: rows of run {row.run_id}, which does not exist" for row in connection.execute(query)]
+            found += [
+                f"{table.name}: rows of run {row.run_id}, which does not exist" for row in connection.execute(query)
+            ]
         return found
 
     def _final_runs_with_waits(self, connection: Connection) -> list[str]:

@@ -8,6 +8,8 @@ content. Times are seconds since the epoch (UTC) as floats; payload columns hold
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from sqlalchemy import Column, Index, LargeBinary, Text, text
 from sqlmodel import Field, SQLModel
 
@@ -21,13 +23,33 @@ FINAL = ("done", "failed", "cancelled")
 class RunRow(SQLModel, table=True):
     """One execution of a workflow. See ``docs/concepts/runs.md`` for the state machine of ``status``."""
 
-    __tablename__ = "runs"
+    __tablename__: ClassVar[Any] = "runs"
     __table_args__ = (
         # The only question a worker asks often: whose time has come? Parked runs without a time are not in the index.
-        Index("ix_runs_wake", "wake_at", sqlite_where=text("wake_at IS NOT NULL"), postgresql_where=text("wake_at IS NOT NULL")),
-        Index("ix_runs_worker", "worker_id", sqlite_where=text("worker_id IS NOT NULL"), postgresql_where=text("worker_id IS NOT NULL")),
-        Index("ix_runs_wanted", "wanted", sqlite_where=text("wanted IS NOT NULL"), postgresql_where=text("wanted IS NOT NULL")),
-        Index("ix_runs_parent", "parent_id", sqlite_where=text("parent_id IS NOT NULL"), postgresql_where=text("parent_id IS NOT NULL")),
+        Index(
+            "ix_runs_wake",
+            "wake_at",
+            sqlite_where=text("wake_at IS NOT NULL"),
+            postgresql_where=text("wake_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_runs_worker",
+            "worker_id",
+            sqlite_where=text("worker_id IS NOT NULL"),
+            postgresql_where=text("worker_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_runs_wanted",
+            "wanted",
+            sqlite_where=text("wanted IS NOT NULL"),
+            postgresql_where=text("wanted IS NOT NULL"),
+        ),
+        Index(
+            "ix_runs_parent",
+            "parent_id",
+            sqlite_where=text("parent_id IS NOT NULL"),
+            postgresql_where=text("parent_id IS NOT NULL"),
+        ),
         Index("ix_runs_root", "root_id"),
         Index("ix_runs_status", "status", "created_at"),
         Index("ix_runs_created", "created_at"),
@@ -76,7 +98,7 @@ class RunRow(SQLModel, table=True):
 class StepRow(SQLModel, table=True):
     """A finished step. Never updated."""
 
-    __tablename__ = "steps"
+    __tablename__: ClassVar[Any] = "steps"
     __table_args__ = (Index("ux_steps_path", "run_id", "path", unique=True),)
 
     run_id: str = Field(primary_key=True)
@@ -104,7 +126,7 @@ class StepRow(SQLModel, table=True):
 class IntentRow(SQLModel, table=True):
     """A call with side effects that was about to start: on disk before it does."""
 
-    __tablename__ = "intents"
+    __tablename__: ClassVar[Any] = "intents"
 
     run_id: str = Field(primary_key=True)
     path: str = Field(primary_key=True)
@@ -117,7 +139,7 @@ class IntentRow(SQLModel, table=True):
 class WaitRow(SQLModel, table=True):
     """What one branch of a run is blocked on, since when, and until when."""
 
-    __tablename__ = "waits"
+    __tablename__: ClassVar[Any] = "waits"
 
     run_id: str = Field(primary_key=True)
     path: str = Field(primary_key=True)
@@ -134,9 +156,15 @@ class WaitRow(SQLModel, table=True):
 class SignalRow(SQLModel, table=True):
     """Input from outside. The first one of a name goes to the first step that waits for it."""
 
-    __tablename__ = "signals"
+    __tablename__: ClassVar[Any] = "signals"
     __table_args__ = (
-        Index("ix_signals_open", "run_id", "name", sqlite_where=text("taken_by IS NULL"), postgresql_where=text("taken_by IS NULL")),
+        Index(
+            "ix_signals_open",
+            "run_id",
+            "name",
+            sqlite_where=text("taken_by IS NULL"),
+            postgresql_where=text("taken_by IS NULL"),
+        ),
     )
 
     id: int | None = Field(default=None, primary_key=True)
@@ -150,7 +178,7 @@ class SignalRow(SQLModel, table=True):
 class EventRow(SQLModel, table=True):
     """What happened to a run and is not a step: recoveries, pauses, questions, handoffs."""
 
-    __tablename__ = "events"
+    __tablename__: ClassVar[Any] = "events"
 
     run_id: str = Field(primary_key=True)
     seq: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
@@ -163,7 +191,7 @@ class EventRow(SQLModel, table=True):
 class PayloadRow(SQLModel, table=True):
     """A large value, stored once by the BLAKE2b digest of its UTF-8 bytes."""
 
-    __tablename__ = "payloads"
+    __tablename__: ClassVar[Any] = "payloads"
 
     hash: str = Field(primary_key=True)
     data: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
@@ -173,7 +201,7 @@ class PayloadRow(SQLModel, table=True):
 class SessionRow(SQLModel, table=True):
     """One message of a conversation that outlives its runs."""
 
-    __tablename__ = "session_messages"
+    __tablename__: ClassVar[Any] = "session_messages"
 
     session: str = Field(primary_key=True)
     position: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
@@ -185,7 +213,7 @@ class SessionRow(SQLModel, table=True):
 class WorkerRow(SQLModel, table=True):
     """A process that holds runs. It renews one row, whatever the number of its runs."""
 
-    __tablename__ = "workers"
+    __tablename__: ClassVar[Any] = "workers"
 
     id: str = Field(primary_key=True)
     host: str

@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from ridethrough.runtime import control, lease, payload
-from ridethrough.runtime.store import Store
+from ridethrough.runtime.store import Store, StoredRow
 from ridethrough.runtime.tables import FINAL
-
 
 PARKED = ("paused", "waiting")
 """The statuses of a run that is in nobody's memory and waits for something."""
@@ -235,7 +234,7 @@ def _steps(store: Store, connection: Connection, run_id: str) -> list[StepView]:
     return done + [_intent_view(row) for row in store.intents(connection, run_id) if row.path not in finished]
 
 
-def _step_view(row: Row[Any]) -> StepView:
+def _step_view(row: StoredRow) -> StepView:
     return StepView(
         path=row.path,
         name=row.name,
@@ -255,7 +254,7 @@ def _step_view(row: Row[Any]) -> StepView:
     )
 
 
-def _intent_view(row: Row[Any]) -> StepView:
+def _intent_view(row: StoredRow) -> StepView:
     return StepView(
         path=row.path,
         name=row.name,

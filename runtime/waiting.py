@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from ridethrough.runtime import payload
 from ridethrough.runtime.errors import RunCancelled, RunFailed, SerializationError
 from ridethrough.runtime.events import ApprovalRequested
 from ridethrough.runtime.execution import FINAL_STATUSES, Blocked, Branch, Execution, Outcome
 from ridethrough.runtime.payload import Codec, digest_of
+from ridethrough.runtime.store import StoredRow
 
 _NOTHING = Codec(None, "a timer")
 
@@ -110,13 +111,15 @@ async def _announce(
     )
 
 
-async def _peek(execution: Execution, name: str) -> Row[Any] | None:
+async def _peek(execution: Execution, name: str) -> StoredRow | None:
     store = execution.services.store
-    signal: Row[Any] | None = await execution.do(lambda connection: store.first_signal(connection, execution.run_id, name))
+    signal: StoredRow | None = await execution.do(
+        lambda connection: store.first_signal(connection, execution.run_id, name)
+    )
     return signal
 
 
-async def _accept(execution: Execution, path: str, signal: Row[Any], codec: Codec) -> str | None:
+async def _accept(execution: Execution, path: str, signal: StoredRow, codec: Codec) -> str | None:
     """The signal's value as it is recorded; ``None`` if it does not fit (then it is set aside and the wait goes on)."""
     try:
         return codec.dump(codec.accept(json.loads(signal.value)))
@@ -126,7 +129,7 @@ async def _accept(execution: Execution, path: str, signal: Row[Any], codec: Code
         return None
 
 
-def _taking(execution: Execution, path: str, signal: Row[Any]) -> Callable[[Connection], None]:
+def _taking(execution: Execution, path: str, signal: StoredRow) -> Callable[[Connection], None]:
     close, store = execution.closing(path), execution.services.store
 
     def operation(connection: Connection) -> None:
@@ -136,7 +139,9 @@ def _taking(execution: Execution, path: str, signal: Row[Any]) -> Callable[[Conn
     return operation
 
 
-async def await_child(branch: Branch, path: str, name: str, start: Callable[[Connection, str], None], asked: str, codec: Codec) -> Any:
+async def await_child(
+    branch: Branch, path: str, name: str, start: Callable[[Connection, str], None], asked: str, codec: Codec
+) -> Any:
     """Start a child run (once) and wait for its end; its result is a step of this run.
 
     ``start(connection, run_id)`` inserts the child if it is not there.
@@ -161,21 +166,23 @@ async def await_child(branch: Branch, path: str, name: str, start: Callable[[Con
     return codec.load(text or "null")
 
 
-async def _child_end(execution: Execution, path: str, child_id: str) -> Row[Any]:
+async def _child_end(execution: Execution, path: str, child_id: str) -> StoredRow:
     store = execution.services.store
     while True:
-        row: Row[Any] = await execution.do(lambda connection: store.run(connection, child_id))
+        row: StoredRow = await execution.do(lambda connection: store.run(connection, child_id))
         if row.status in FINAL_STATUSES:
             return row
         await execution.block(Blocked(path, "child", child_id))
 
 
-async def _child_outcome(execution: Execution, child: Row[Any]) -> tuple[str | None, Exception | None]:
+async def _child_outcome(execution: Execution, child: StoredRow) -> tuple[str | None, Exception | None]:
     if child.status == "done":
         return (await execution.read_payload(child.result_ref) if child.result_ref else child.result), None
     if child.status == "cancelled":
         return None, RunCancelled(f"Child run {child.id} was cancelled.")
     summary = payload.error_line(child.error)
     return None, RunFailed(
-        f"Child run {child.id} failed: {summary}", run_id=child.id, error_type=payload.error_summary(child.error)["type"]
+        f"Child run {child.id} failed: {summary}",
+        run_id=child.id,
+        error_type=payload.error_summary(child.error)["type"],
     )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import anyio.abc
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from ridethrough.runtime import control, lease, payload
 from ridethrough.runtime.backend import Backend
@@ -27,7 +27,7 @@ from ridethrough.runtime.execution import SIGNALLED, Branch, Execution, Launcher
 from ridethrough.runtime.journal import Fenced, Heartbeat, Journal, Unit
 from ridethrough.runtime.payload import INLINE_LIMIT
 from ridethrough.runtime.source import find_workflow
-from ridethrough.runtime.store import Store
+from ridethrough.runtime.store import Store, StoredRow
 from ridethrough.runtime.tables import FINAL
 from ridethrough.runtime.testpoints import killpoint
 from ridethrough.runtime.workflow import REGISTRY, Workflow
@@ -107,7 +107,7 @@ class Worker:
         """The model router."""
         return await self._open_router()
 
-    def spawn(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    def spawn(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
         """Run something in the background, as long as the worker lives."""
         assert self._tasks is not None
         self._tasks.start_soon(function, *args)
@@ -272,7 +272,7 @@ class Worker:
         rows = store.journal(connection, run_id), store.waits(connection, [run_id]), store.intents(connection, run_id)
         return *rows, self._input(connection, claim.row)
 
-    def _input(self, connection: Connection, row: Row[Any]) -> str:
+    def _input(self, connection: Connection, row: StoredRow) -> str:
         if row.input_ref is None:
             return row.input or "{}"
         return (self.store.payload(connection, row.input_ref) or b"{}").decode("utf-8", "surrogatepass")
@@ -281,7 +281,7 @@ class Worker:
         """Claim one run now, whatever else is due."""
         await self._claim(self.clock.now(), 1, run_id)
 
-    def workflow(self, row: Row[Any]) -> Workflow[..., Any]:
+    def workflow(self, row: StoredRow) -> Workflow[..., Any]:
         """The definition of a run's workflow: of this process, or imported from where it was recorded.
 
         Raises:
@@ -300,15 +300,29 @@ class Worker:
     # --- driving ----------------------------------------------------------------------------------------------------
 
     def launch(
-        self, row: Any, fence: int, seq: int, recoveries: int, steps: Any = (), waits: Any = (), intents: Any = (),
+        self,
+        row: Any,
+        fence: int,
+        seq: int,
+        recoveries: int,
+        steps: Any = (),
+        waits: Any = (),
+        intents: Any = (),
         text: str = "{}",
-    ) -> Execution:  # fmt: skip
+    ) -> Execution:
         """Begin to execute a run that this worker holds."""
         info = RunInfo(
-            id=row.id, workflow=row.workflow, fence=fence, tenant=row.tenant, priority=row.priority,
-            labels=payload.load_labels(row.labels), parent_id=row.parent_id, root_id=row.root_id,
-            recoveries=recoveries, cwd=row.cwd,
-        )  # fmt: skip
+            id=row.id,
+            workflow=row.workflow,
+            fence=fence,
+            tenant=row.tenant,
+            priority=row.priority,
+            labels=payload.load_labels(row.labels),
+            parent_id=row.parent_id,
+            root_id=row.root_id,
+            recoveries=recoveries,
+            cwd=row.cwd,
+        )
         execution = Execution(self, info, seq=seq, steps=steps, waits=waits, intents=intents)
         execution.watchers = self.watchers.setdefault(row.id, []) if row.id in self.watchers else []
         self.resident[row.id] = execution
@@ -349,14 +363,24 @@ class Worker:
             value = await workflow.function(**workflow.load_input(text))
         left = execution.unvisited()
         if left is not None and execution.ending is None:
-            execution.diverge(left.path, f"{left.kind} {left.name} with {left.asked}", "nothing of that name: it was renamed or removed")
+            execution.diverge(
+                left.path,
+                f"{left.kind} {left.name} with {left.asked}",
+                "nothing of that name: it was renamed or removed",
+            )
         return Ended("done", result=workflow.result_codec.settle(value)[0])
 
     async def _finish(self, execution: Execution, ended: Ended) -> None:
         """Put the end of a run on disk and tell those who wait."""
         now = self.clock.now()
-        ending = {"b_id": execution.run_id, "b_status": ended.status, "b_result": ended.result, "b_ref": None,
-                  "b_error": ended.error, "b_at": now}  # fmt: skip
+        ending = {
+            "b_id": execution.run_id,
+            "b_status": ended.status,
+            "b_result": ended.result,
+            "b_ref": None,
+            "b_error": ended.error,
+            "b_at": now,
+        }
         fence, info = execution.info.fence, execution.info
         large = ended.result is not None and len(ended.result) > INLINE_LIMIT
         killpoint("finish.before")

@@ -38,7 +38,9 @@ def checked_name(name: str, what: str) -> str:
         ConfigError: it has characters that paths use for themselves.
     """
     if not NAME.fullmatch(name):
-        raise ConfigError(f"{what} {name!r}: names have letters, digits, '_', '.', ':' and '-' only. Give another name=.")
+        raise ConfigError(
+            f"{what} {name!r}: names have letters, digits, '_', '.', ':' and '-' only. Give another name=."
+        )
     return name
 
 
@@ -83,7 +85,7 @@ class Workflow(Generic[P, R]):
             ConfigError: it is not async, or takes ``*args`` or ``**kwargs``.
         """
         self.function = function
-        self.name = checked_name(name or getattr(function, "__name__", "workflow"), "workflow")
+        self.name = checked_name(name or str(getattr(function, "__name__", "workflow")), "workflow")
         self.version = version
         self.source = source or source_of(function, getattr(function, "__name__", self.name))
         if not inspect.iscoroutinefunction(function):
@@ -115,7 +117,8 @@ class Workflow(Generic[P, R]):
         if self._codecs is None:
             hints = resolved_hints(self.function)
             self._codecs = {
-                name: Codec(hints.get(name, Any), f"workflow {self.name}: argument {name!r}") for name in self._parameters
+                name: Codec(hints.get(name, Any), f"workflow {self.name}: argument {name!r}")
+                for name in self._parameters
             }
         return self._codecs
 
@@ -206,7 +209,9 @@ def _names(code: CodeType) -> Iterable[str]:
 @overload
 def workflow(function: Callable[P, Awaitable[R]], /) -> Workflow[P, R]: ...
 @overload
-def workflow(*, version: str = "1", name: str | None = None) -> Callable[[Callable[P, Awaitable[R]]], Workflow[P, R]]: ...
+def workflow(
+    *, version: str = "1", name: str | None = None
+) -> Callable[[Callable[P, Awaitable[R]]], Workflow[P, R]]: ...
 def workflow(function: Any = None, /, *, version: str = "1", name: str | None = None) -> Any:
     """Turn an async function into a durable workflow.
 
@@ -246,7 +251,8 @@ class Step(Generic[P, R]):
 
     def __await__(self) -> Generator[Any, Any, R]:
         """``await step(function)``: a call without arguments."""
-        return cast("Callable[[], Coroutine[Any, Any, R]]", self)().__await__()
+        call = cast("Callable[[], Coroutine[Any, Any, R]]", self)
+        return call().__await__()
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Perform the step."""
@@ -289,7 +295,7 @@ class Step(Generic[P, R]):
 
 def backoff(attempt: int, base: float = 0.2, longest: float = 30.0) -> float:
     """Seconds before the next attempt: doubling, with jitter so that parallel branches do not retry in step."""
-    return min(longest, base * 2 ** (attempt - 1)) * _random.uniform(0.5, 1.0)
+    return min(longest, base * 2.0 ** (attempt - 1)) * _random.uniform(0.5, 1.0)
 
 
 @overload
@@ -298,14 +304,24 @@ def step(function: Callable[P, Awaitable[R]], /) -> Step[P, R]: ...
 def step(function: Callable[P, R], /) -> Step[P, R]: ...
 @overload
 def step(
-    function: Callable[..., Awaitable[R]], /, *args: Any, name: str | None = None, retries: int = 0,
-    timeout: float | None = None, **kwargs: Any,
-) -> Awaitable[R]: ...  # fmt: skip
+    function: Callable[..., Awaitable[R]],
+    /,
+    *args: Any,
+    name: str | None = None,
+    retries: int = 0,
+    timeout: float | None = None,
+    **kwargs: Any,
+) -> Awaitable[R]: ...
 @overload
 def step(
-    function: Callable[..., R], /, *args: Any, name: str | None = None, retries: int = 0,
-    timeout: float | None = None, **kwargs: Any,
-) -> Awaitable[R]: ...  # fmt: skip
+    function: Callable[..., R],
+    /,
+    *args: Any,
+    name: str | None = None,
+    retries: int = 0,
+    timeout: float | None = None,
+    **kwargs: Any,
+) -> Awaitable[R]: ...
 @overload
 def step(*, name: str | None = None, retries: int = 0, timeout: float | None = None) -> StepDecorator: ...
 def step(
@@ -396,7 +412,9 @@ def _check_group(awaitables: Iterable[Any], limit: int | None) -> None:
         if isinstance(item, asyncio.Future):
             raise UsageError("gather: a task that already runs has no stable place in the journal. Pass the coroutine.")
         if not inspect.isawaitable(item):
-            raise UsageError(f"gather: {type(item).__name__} is not awaitable. Call the step: gather(fetch(1), fetch(2)).")
+            raise UsageError(
+                f"gather: {type(item).__name__} is not awaitable. Call the step: gather(fetch(1), fetch(2))."
+            )
 
 
 def _awaiting(item: Awaitable[Any]) -> Callable[[], Awaitable[Any]]:
@@ -408,7 +426,10 @@ def _awaiting(item: Awaitable[Any]) -> Callable[[], Awaitable[Any]]:
 
 @overload
 async def fan_out(
-    function: Callable[[T], Awaitable[R]], items: Iterable[T], limit: int | None = None, on_error: Literal["raise"] = "raise"
+    function: Callable[[T], Awaitable[R]],
+    items: Iterable[T],
+    limit: int | None = None,
+    on_error: Literal["raise"] = "raise",
 ) -> list[R]: ...
 @overload
 async def fan_out(
@@ -421,7 +442,10 @@ async def fan_out(
     on_error: Literal["raise", "collect"] = "raise",
 ) -> list[Any]:
     """Call ``function`` on every item, each call a branch of its own; see ``gather`` for the arguments."""
-    return await gather(*(function(item) for item in items), limit=limit, on_error=on_error)  # type: ignore[call-overload, no-any-return]
+    jobs = [function(item) for item in items]
+    if on_error == "collect":
+        return await gather(*jobs, limit=limit, on_error="collect")
+    return await gather(*jobs, limit=limit)
 
 
 # --- time and chance ------------------------------------------------------------------------------------------------

@@ -175,9 +175,16 @@ class _Call:
     async def perform(self) -> ToolResult:
         result, failure = await self._result()
         await self.execution.record(
-            self.request.path, self.tool.name, "tool", self.digest, self.request.asked, self.started, self.outcome,
-            _RESULT.dump(result), failure,
-        )  # fmt: skip
+            self.request.path,
+            self.tool.name,
+            "tool",
+            self.digest,
+            self.request.asked,
+            self.started,
+            self.outcome,
+            _RESULT.dump(result),
+            failure,
+        )
         return result
 
     async def _result(self) -> tuple[ToolResult, Exception | None]:
@@ -210,7 +217,9 @@ class _Call:
         self.started = self.execution.services.clock.now()
         if verdict.approved:
             return None
-        return ToolResult(content=_with_note("A person refused this call; it was not made.", verdict.note), is_error=True)
+        return ToolResult(
+            content=_with_note("A person refused this call; it was not made.", verdict.note), is_error=True
+        )
 
     async def _ask(self, kind: str, name: str, text: str) -> Verdict:
         arguments = self.request.arguments
@@ -246,9 +255,13 @@ class _Call:
     async def _intend(self, attempt: int) -> None:
         """Promise 3: this is on disk before the tool starts."""
         row = {
-            "run_id": self.request.run_id, "path": self.request.path, "attempt": attempt, "name": self.tool.name,
-            "digest": self.digest, "started_at": self.execution.services.clock.now(),
-        }  # fmt: skip
+            "run_id": self.request.run_id,
+            "path": self.request.path,
+            "attempt": attempt,
+            "name": self.tool.name,
+            "digest": self.digest,
+            "started_at": self.execution.services.clock.now(),
+        }
         store = self.execution.services.store
         await self.execution.do(lambda connection: store.insert_intent(connection, row))
         self.outcome.attempts = attempt
@@ -312,10 +325,11 @@ class _Call:
             except OutcomeUnknown:
                 pass
         verdict = await self._ask(
-            "interrupted", "interrupted#1",
+            "interrupted",
+            "interrupted#1",
             f"{self.tool.name} was interrupted; nobody knows whether it took effect. Approve: start it again. "
             f"Deny: do not; the model is told that the outcome is unknown.",
-        )  # fmt: skip
+        )
         if verdict.output is not None:
             return verdict.output
         if verdict.approved:
@@ -350,9 +364,13 @@ class _Call:
             shown = json.loads(json.dumps(arguments, default=str))
             self.execution.publish(
                 ToolCallStarted(
-                    path=self.request.path, name=self.tool.name, call_id=self.request.call_id, arguments=shown,
-                    agent=self.request.agent, progress=progress,
-                )  # fmt: skip
+                    path=self.request.path,
+                    name=self.tool.name,
+                    call_id=self.request.call_id,
+                    arguments=shown,
+                    agent=self.request.agent,
+                    progress=progress,
+                )
             )
 
     def _progress(self, text: str) -> None:

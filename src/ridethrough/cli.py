@@ -54,7 +54,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Abort:
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        _show_usage(error)
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -64,6 +64,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _explain(error)
     return status if isinstance(status, int) else OK
+
+
+def _show_usage(error: click.ClickException) -> None:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None:
+        click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help'.", err=True)
+    click.echo(f"error: {error.format_message()}", err=True)
 
 
 def _forget_output() -> None:
