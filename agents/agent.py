@@ -76,7 +76,7 @@ class AgentResult(BaseModel, Generic[OutT]):
 
     output: OutT
     messages: list[Message]
-    """The conversation without the instructions."""
+    """What was said in this run: without the instructions, and without what a session had before."""
     usage: Usage = Usage()
     cost_usd: float | None = None
     """USD of all model calls; ``None`` if no price is known for one of them."""
@@ -279,13 +279,14 @@ class Agent(Generic[OutT]):
 
     def _result_codec(self) -> Codec:
         """The output may be that of any agent that the conversation can come to."""
-        reached, todo = {id(self): self}, [self]
+        me: Agent[Any] = cast(Any, self)
+        reached, todo = {id(me): me}, [me]
         while todo:
             for agent in todo.pop().handoffs:
                 if id(agent) not in reached:
                     reached[id(agent)] = agent
                     todo.append(agent)
-        output = Union[tuple(agent.output for agent in reached.values())]  # noqa: UP007 - made at run time
+        output: Any = Union[tuple(agent.output for agent in reached.values())]  # noqa: UP007 - made at run time
         result: Any = AgentResult
         return Codec(result[output], f"the result of agent {self.name}")
 
@@ -311,7 +312,7 @@ class Agent(Generic[OutT]):
 
         branch = current_branch(f"agent {self.name}")
         inner = Branch(branch.execution, branch.next(self.name) + "/", branch.task, self.name)
-        return cast("AgentResult[OutT]", await Conversation(self, inner, deps, session).run(input))
+        return cast("AgentResult[OutT]", await Conversation(cast(Any, self), inner, deps, session).run(input))
 
     def as_tool(self, name: str | None = None, description: str | None = None) -> AgentTool:
         """Make the agent a tool of another one: it gets a text and gives its output back.
@@ -322,7 +323,7 @@ class Agent(Generic[OutT]):
         """
         from ridethrough.agents.as_tool import AgentTool
 
-        return AgentTool(self, name or self.name.replace(".", "_").replace(":", "_"), description)
+        return AgentTool(cast(Any, self), name or self.name.replace(".", "_").replace(":", "_"), description)
 
 
 def plain_input(input: Any) -> Any:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
 import anyio
+from sqlalchemy import Connection
 
 from ridethrough.agents.agent import Agent, AgentResult, RunContext, input_messages, transfer_name
 from ridethrough.agents.as_tool import AgentTool
@@ -111,7 +113,7 @@ class Conversation:
                 await self._save_session(self.session)
         return AgentResult.model_construct(
             output=output,
-            messages=self.messages,
+            messages=self.messages[self._known :],
             usage=self.usage,
             cost_usd=self.cost if self.priced else None,
             agent=self.agent.name,
@@ -516,32 +518,64 @@ class Conversation:
         store = self.execution.services.store
 
         async def call(_path: str, _outcome: Outcome) -> int:
-            rows = await store.read(lambda connection: store.session(connection, name))
-            return rows[-1].position if rows else 0
+            return await store.read(lambda connection: store.session_length(connection, name))
 
         upto = await self.execution.perform(self.branch, "session", "function", json.dumps(name), _POSITION, call)
-        for row in await store.read(lambda connection: store.session(connection, name, upto)):
-            self._append(MESSAGE.validate_json(row.message))
-        self._ids |= {call.id for message in self.messages for call in getattr(message, "tool_calls", ())}
+        self.messages += await _sessions.read(store, name, upto)
+        said = [message for message in self.messages if isinstance(message, AssistantMessage)]
+        self._ids |= {call.id for message in said for call in message.tool_calls}
+        self._extend(json.dumps([name, upto]))
 
     async def _save_session(self, name: str) -> None:
         """Add this run's messages, in the transaction of the step that says so."""
         store, run_id = self.execution.services.store, self.execution.run_id
-        fresh = [
-            MESSAGE.dump_json(message).decode("utf-8", "surrogatepass") for message in self.messages[self._known :]
-        ]
-        path = self.branch.prefix
+        messages = self.messages[self._known :]
+        fresh = [MESSAGE.dump_json(message).decode("utf-8", "surrogatepass") for message in messages]
+        path, ends = self.branch.prefix, [0]
+
+        def append(connection: Connection) -> None:
+            ends[0] = store.append_session(connection, name, run_id, path, fresh)
 
         async def call(_path: str, outcome: Outcome) -> int:
-            outcome.also = lambda connection: _ignore(store.append_session(connection, name, run_id, path, fresh))
+            outcome.also = append
             return len(fresh)
 
         asked = json.dumps([name, self._chain])
         await self.execution.perform(self.branch, "session-save", "function", asked, _POSITION, call)
+        _sessions.extend(store, name, ends[0], messages)
 
 
-def _ignore(_value: object) -> None:
-    """Drop the result of an operation."""
+class _Sessions:
+    """Messages of sessions that this process has read: they never change, so each is read and parsed once."""
+
+    KEPT = 256
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[str, str], list[Message]] = OrderedDict()
+
+    async def read(self, store: Any, name: str, upto: int) -> list[Message]:
+        """The first ``upto`` messages of a session."""
+        key = (store.database.display, name)
+        known = self._known.setdefault(key, [])
+        self._known.move_to_end(key)
+        while len(self._known) > self.KEPT:
+            self._known.popitem(last=False)
+        if len(known) < upto:
+            have = len(known)
+            rows = await store.read(lambda connection: store.session(connection, name, have, upto))
+            fresh = [MESSAGE.validate_json(row.message) for row in rows]
+            if len(known) == have:  # nobody else has read on meanwhile
+                known += fresh
+        return known[:upto]
+
+    def extend(self, store: Any, name: str, end: int, messages: list[Message]) -> None:
+        """Remember messages that have just been stored as the last ones up to position ``end``."""
+        known = self._known.get((store.database.display, name))
+        if known is not None and len(known) == end - len(messages):
+            known += messages
+
+
+_sessions = _Sessions()
 
 
 def _path_name(name: str) -> str:

@@ -90,14 +90,24 @@ def cancel(store: Store, connection: Connection, run_id: str, now: float) -> str
     row = require(store, connection, run_id)
     if row.status in FINAL:
         return str(row.status)
-    for child in store.children(connection, run_id):
-        cancel(store, connection, child.id, now)
     if owner(store, connection, row) is not None:
+        _cancel_children(store, connection, run_id, now)
         store.update_run(connection, run_id, wanted="cancel")
         return "running"
-    store.update_run(connection, run_id, fence=row.fence + 1)
-    finish(store, connection, row, "cancelled", RunCancelled(f"Run {run_id} was cancelled."), now)
+    _cancel_unheld(store, connection, row, now)
     return "cancelled"
+
+
+def _cancel_unheld(store: Store, connection: Connection, row: StoredRow, now: float) -> None:
+    """Cancel a run that nobody executes."""
+    _cancel_children(store, connection, row.id, now)
+    store.update_run(connection, row.id, fence=row.fence + 1)
+    finish(store, connection, row, "cancelled", RunCancelled(f"Run {row.id} was cancelled."), now)
+
+
+def _cancel_children(store: Store, connection: Connection, run_id: str, now: float) -> None:
+    for child in store.children(connection, run_id):
+        cancel(store, connection, child.id, now)
 
 
 def pause(store: Store, connection: Connection, run_id: str, now: float) -> str:
@@ -106,7 +116,8 @@ def pause(store: Store, connection: Connection, run_id: str, now: float) -> str:
     if row.status in FINAL:
         raise RunConflict(f"Run {run_id} has ended ({row.status}); there is nothing to pause.")
     if owner(store, connection, row) is not None:
-        store.update_run(connection, run_id, wanted="pause")
+        if row.wanted != "cancel":
+            store.update_run(connection, run_id, wanted="pause")
         return "running"
     store.update_run(
         connection,
@@ -141,9 +152,11 @@ def resume(store: Store, connection: Connection, run_id: str, now: float, me: st
             raise RunBusy(
                 f"Run {run_id} is being executed by {who}. Follow it: ridethrough events {run_id} --follow", run_id, who
             )
-        store.update_run(connection, run_id, wanted=None)
-    elif row.worker_id is None:
-        store.update_run(connection, run_id, wake_at=now, wanted=None)
+    wanted = "cancel" if row.wanted == "cancel" else None  # a pause is withdrawn by this, a promise to cancel is not
+    if row.worker_id is None:
+        store.update_run(connection, run_id, wake_at=now, wanted=wanted)
+    else:
+        store.update_run(connection, run_id, wanted=wanted)
     return row
 
 
@@ -173,7 +186,7 @@ def signal(store: Store, connection: Connection, run_id: str, name: str, value: 
     for wait in store.waits(connection, [run_id]):
         if wait.name == name and wait.value_schema:
             _check_value(name, value, json.loads(wait.value_schema))
-    store.insert_signal(connection, run_id, name, json.dumps(value, ensure_ascii=False), now)
+    store.insert_signal(connection, run_id, name, payload.encode(value, spaced=True), now)
     store.wake(connection, [run_id], now)
 
 
@@ -270,76 +283,84 @@ class Claim:
 class Claimer:
     """Takes runs whose time has come, and those of dead workers, for one worker."""
 
-    def __init__(self, store: Store, worker_id: str, known: Callable[[], Mapping[str, str]]) -> None:
-        """``known`` gives the workflows (name, version) that this process can execute."""
+    def __init__(self, store: Store, worker_id: str, known: Callable[[], Mapping[str, str]], mine: set[str]) -> None:
+        """``known`` gives the workflows (name, version) that this process can execute.
+
+        ``mine`` has the runs that it executes, from before their row says so until after it has let go of them. It is
+        read inside the claiming transaction: a copy from before could lack a run that has just been started here, which
+        would then look like one that this worker had lost, and run twice.
+        """
+        self._mine = mine
         self._store = store
         self._worker_id = worker_id
         self._known = known
 
-    def something_due(
-        self, connection: Connection, now: float, resident: Sequence[str], roots: Sequence[str] | None
-    ) -> bool:
+    def something_due(self, connection: Connection, now: float, roots: Sequence[str] | None, orphans: bool) -> bool:
         """Whether a claim would find anything; a read, so that an idle worker writes nothing."""
-        return bool(self._orphans(connection, resident, roots) or self._due(connection, now, 1, roots))
+        return bool(self._due(connection, now, 1, roots) or (orphans and self._orphans(connection, roots)))
 
     def claim(
         self,
         connection: Connection,
         now: float,
         limit: int,
-        resident: Sequence[str],
         roots: Sequence[str] | None,
         always: str | None = None,
     ) -> list[Claim]:
         """Take up to ``limit`` runs: orphans first, then what is due. ``always`` is a run that is taken whatever its version."""
-        rows = self._orphans(connection, resident, roots, always)[:limit]
+        rows = self._orphans(connection, roots, always)[:limit]
         rows += self._due(connection, now, limit - len(rows), roots) if limit > len(rows) else []
         if always is not None and always not in {row.id for row in rows}:
-            rows += [
-                row for row in [self._store.run(connection, always)] if row is not None and row.wake_at is not None
-            ]
-        claims = [self._take(connection, row, now) for row in rows]
+            row = self._store.run(connection, always)
+            rows += [row] if row is not None and self._is_free(connection, row) else []
+        claims = [claim for row in rows if (claim := self._take(connection, row, now)) is not None]
         self._bury(connection)
-        return [claim for claim in claims if claim is not None]
+        return claims
+
+    def _is_free(self, connection: Connection, row: StoredRow) -> bool:
+        """Whether nobody executes the run and it may be taken. Its worker may be one that is on no list any more."""
+        if row.worker_id is not None:
+            return row.id not in self._mine and owner(self._store, connection, row) is None
+        return row.id not in self._mine and row.wake_at is not None
 
     def _due(self, connection: Connection, now: float, limit: int, roots: Sequence[str] | None) -> list[StoredRow]:
+        """Runs whose time has come; not those that this worker has parked but not yet let go of."""
         known = self._known()
-        return list(self._store.due(connection, now, known, limit, roots)) if known else []
+        rows = self._store.due(connection, now, known, limit, roots) if known else []
+        return [row for row in rows if row.id not in self._mine]
 
     def _orphans(
-        self, connection: Connection, resident: Sequence[str], roots: Sequence[str] | None, always: str | None = None
+        self, connection: Connection, roots: Sequence[str] | None, always: str | None = None
     ) -> list[StoredRow]:
         """Runs of dead workers, and of this one that it does not execute (their last write had failed)."""
-        known, mine = self._known(), set(resident)
-        holders = [*self._dead(connection), self._worker_id]
+        known, live = self._known(), self._live(connection)
         return [
             row
-            for row in self._store.held_by(connection, holders)
-            if row.id not in mine
+            for row in self._store.held_by_none_of(connection, live)
+            if row.id not in self._mine
             and (row.id == always or known.get(row.workflow) == row.version)
             and (roots is None or row.root_id in roots)
         ]
 
-    def _dead(self, connection: Connection) -> list[str]:
+    def _live(self, connection: Connection) -> list[str]:
+        """The other workers that are there. One that is not on the list at all is as dead as one whose lease ran out."""
         now = lease.lease_clock()
-        return [
-            worker.id
-            for worker in self._store.workers(connection)
-            if worker.id != self._worker_id and lease.is_gone(worker, now)
-        ]
+        others = [worker for worker in self._store.workers(connection) if worker.id != self._worker_id]
+        return [worker.id for worker in others if not lease.is_gone(worker, now)]
 
     def _bury(self, connection: Connection) -> None:
         """Take dead workers that hold nothing any more off the list."""
-        dead = self._dead(connection)
+        live = {*self._live(connection), self._worker_id}
+        dead = {worker.id for worker in self._store.workers(connection)} - live
         if dead:
-            busy = {row.worker_id for row in self._store.held_by(connection, dead)}
-            for worker_id in set(dead) - busy:
+            busy = {row.worker_id for row in self._store.held_by_none_of(connection, list(live))}
+            for worker_id in dead - busy:
                 self._store.delete_worker(connection, worker_id)
 
     def _take(self, connection: Connection, row: StoredRow, now: float) -> Claim | None:
-        store, orphan = self._store, row.worker_id is not None and row.worker_id != self._worker_id
+        store, orphan = self._store, row.worker_id is not None  # its worker died, or a write of this one failed
         if row.wanted == "cancel":
-            cancel(store, connection, row.id, now)
+            _cancel_unheld(store, connection, row, now)
             return None
         changes: dict[str, Any] = {}
         if orphan:

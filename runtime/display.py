@@ -31,16 +31,19 @@ from ridethrough.runtime.events import (
     ToolCallFinished,
     ToolCallStarted,
 )
-from ridethrough.runtime.printing import describe_wait, dollars, plain, seconds, shortened, tokens, when
+from ridethrough.runtime.printing import counted, describe_wait, dollars, plain, seconds, shortened, tokens, when
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ridethrough.runtime.cli import Options
+    from ridethrough.runtime.options import Options
     from ridethrough.runtime.views import Outlook, RunView
 
 ROWS = 14
 """Rows of the live table at most; how many more there are is said below."""
+
+REST = 1.0
+"""Seconds after which a row that does nothing may make room for another."""
 
 TAIL = 60
 """Characters of a model's text that are shown while it is written."""
@@ -178,8 +181,8 @@ class Lines:
         self._print(opening(run, steps, self._options))
 
     def event(self, event: EventBase) -> None:
-        """Print its line, if it has one."""
-        if line := event_line(event):
+        """Print its line, if it has one; what a parked run waits for is told by ``awaiting``, with more to say."""
+        if not isinstance(event, RunPaused) and (line := event_line(event)):
             self._print(line)
 
     def awaiting(self, run_id: str, outlook: Outlook) -> None:
@@ -204,7 +207,7 @@ class Lines:
 def opening(run: RunView, steps: int, options: Options) -> str:
     """The first line about a run."""
     if steps:
-        return f"{run.id}: {run.workflow}, taken up with {steps} steps on record"
+        return f"{run.id}: {run.workflow}, taken up with {counted(steps, 'step')} on record"
     return f"{run.id}: {run.workflow} (if this process ends: {options.command('resume', run.id)})"
 
 
@@ -214,7 +217,8 @@ def awaited(run_id: str, outlook: Outlook) -> str:
         return ""
     waits = ", ".join(describe_wait(blocker.wait) for blocker in outlook.blockers[:3])
     more = f" and {len(outlook.blockers) - 3} more" if len(outlook.blockers) > 3 else ""
-    until = f"; looks again at {when(outlook.until)}" if outlook.until and outlook.reason != "timer" else ""
+    dated = any(blocker.wait.until for blocker in outlook.blockers)
+    until = f"; looks again at {when(outlook.until)}" if outlook.until and not dated else ""
     what = "an operator's resume" if outlook.reason == "operator" else f"{waits}{more}" or outlook.reason
     return plain(f"{run_id} waits for {what}{until}")
 
@@ -222,7 +226,7 @@ def awaited(run_id: str, outlook: Outlook) -> str:
 # --- live -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """An agent, or a branch without one, and what it is doing."""
 
@@ -284,8 +288,7 @@ class Board:
             agent = next((key[2] for key in self.rows if key[:2] == (event.run_id, branch)), "")
         key = (event.run_id, branch, agent)
         if key not in self.rows:
-            name = f"{agent} {branch}".strip() or event.run_id
-            self.rows[key] = Row(plain(name), first=event.at)
+            self.rows[key] = Row(plain(_name(event.run_id, branch, agent)), first=event.at)
         self.rows[key].last = event.at
         return self.rows[key]
 
@@ -302,11 +305,22 @@ class Board:
             counter.tokens += spent
             counter.cost += event.cost_usd or 0.0
 
-    def shown(self, limit: int) -> tuple[list[Row], int]:
-        """The rows for the table, those at work first, then the latest; and how many are left out."""
-        rows = sorted(self.rows.values(), key=lambda row: (not row.steps, -row.last))
-        chosen = set(map(id, rows[:limit]))
-        return [row for row in self.rows.values() if id(row) in chosen], max(0, len(rows) - limit)
+    def shown(self, limit: int, now: float) -> tuple[list[Row], int]:
+        """The rows for the table, and how many are left out. One at work keeps its place, so that the eye can, too."""
+        working = [row for row in self.rows.values() if row.steps or now - row.last < REST]
+        resting = sorted((row for row in self.rows.values() if row not in working), key=lambda row: -row.last)
+        chosen = {id(row) for row in (working + resting)[:limit]}
+        return [row for row in self.rows.values() if id(row) in chosen], max(0, len(self.rows) - limit)
+
+
+def _name(run_id: str, branch: str, agent: str) -> str:
+    """What a row is called: the agent and its branch, without saying the agent's name twice."""
+    if not agent:
+        return branch or run_id
+    outer, _, inner = branch.rpartition("/")
+    times = inner.removeprefix(f"{agent}#")
+    where = branch if times == inner else f"{outer} #{times}" if times != "1" else outer
+    return f"{agent} {where}".strip()
 
 
 class Live:
@@ -364,7 +378,7 @@ class Live:
         from rich.text import Text
 
         room = max(3, min(ROWS, self._console.size.height - 6))
-        rows, left = self._board.shown(room)
+        rows, left = self._board.shown(room, time.time())
         parts: list[RenderableType] = [self._table(rows)] if rows else []
         if left:
             parts.append(Text(f"… and {left} more", style="dim"))
@@ -394,8 +408,8 @@ class Live:
         board = self._board
         took = seconds(time.monotonic() - self._started)
         return (
-            f"{board.steps} steps, {board.turns} model calls, {board.tools} tool calls, {tokens(board.tokens)} tokens, "
-            f"{dollars(board.cost)}, {took}"
+            f"{counted(board.steps, 'step')}, {counted(board.turns, 'model call')}, "
+            f"{counted(board.tools, 'tool call')}, {tokens(board.tokens)} tokens, {dollars(board.cost)}, {took}"
         )
 
 

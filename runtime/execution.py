@@ -31,7 +31,7 @@ import anyio
 import anyio.lowlevel
 from sqlalchemy import Connection
 
-from ridethrough.runtime import payload
+from ridethrough.runtime import control, payload
 from ridethrough.runtime.errors import Diverged, SerializationError, StoreError, UsageError
 from ridethrough.runtime.events import EventBase, RunPaused, StepFinished, StepStarted, ToolCallFinished
 from ridethrough.runtime.journal import Fenced, Journal, Unit
@@ -250,6 +250,8 @@ class Execution:
         """Start and end of each step by path, where somebody counts working time."""
         self.parked_for: tuple[str, datetime | None] = ("", None)
         self._parking: anyio.Event | None = None
+        self._turns: dict[str, anyio.Lock] = {}
+        self._kept = seq
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -414,28 +416,34 @@ class Execution:
             unit = Unit(self.run_id, self.info.fence, operation=self._with_payloads(row, large, outcome))
         else:
             unit = Unit(self.run_id, self.info.fence, step=tuple(row))
+        unit.then = lambda: self._recorded(row, seq)
         await self.write(unit)
-        if self.watchers:
-            if kind == "tool":
-                self.publish(tool_finished(row, text))
+
+    def _recorded(self, row: list[Any], seq: int) -> None:
+        """A step is on disk. Called in the order of the journal, which the waking of tasks need not keep."""
+        self._kept = seq
+        if self.watchers and row[6]:  # the end of a ``gather`` has no digest and is nobody's step
+            if row[4] == "tool":
+                self.publish(tool_finished(row, row[8]))
             self.publish(_finished(row, seq))
 
     def _with_payloads(self, row: list[Any], large: bool, outcome: Outcome) -> Callable[[Connection], None]:
         store, now = self.services.store, row[14]
 
-        def operation(connection: Connection) -> None:
+        def operation(connection: Connection) -> None:  # may run twice: a batch that failed is repeated unit by unit
+            stored = list(row)
             for column, data in (
                 (9, row[8].encode("utf-8", "surrogatepass") if large else None),
                 (10, outcome.artifact),
             ):
                 if data is not None:
-                    row[column] = payload.content_hash(data)
-                    store.insert_payload(connection, row[column], data, now)
+                    stored[column] = payload.content_hash(data)
+                    store.insert_payload(connection, stored[column], data, now)
             if large:
-                row[8] = None
+                stored[8] = None
             if outcome.also is not None:
                 outcome.also(connection)
-            store.insert_steps(connection.connection.cursor(), [tuple(row)])
+            store.insert_steps(connection.connection.cursor(), [tuple(stored)])
 
         return operation
 
@@ -551,7 +559,8 @@ class Execution:
         assert row is not None
         if row.wanted == "cancel":
             return "cancel"
-        if self.holding == "release" and row.wanted != "pause":
+        withdrawn = self.holding == "pause" and row.wanted is None  # resumed before it had stopped
+        if withdrawn or (self.holding == "release" and row.wanted != "pause"):
             store.update_run(connection, self.run_id, status="queued", worker_id=None, wake_at=now)
             return "release"
         if self.holding is None and row.wanted is None and self._something_came(connection):
@@ -608,7 +617,7 @@ class Execution:
         if not self.watchers:
             return
         if not event.seq:
-            event = event.model_copy(update={"run_id": self.run_id, "seq": self.seq})
+            event = event.model_copy(update={"run_id": self.run_id, "seq": self._kept})
         for watcher in self.watchers:
             watcher(event)
 
@@ -631,15 +640,39 @@ class Execution:
             if kept is not None:
                 self.keep_event(connection, kept)
 
-        await self.do(operation)
+        unit = Unit(self.run_id, self.info.fence, operation=operation)
         if kept is not None:
-            self.publish(kept)
+            unit.then = lambda: self._emitted(kept)
+        await self.write(unit)
         return due
+
+    def _emitted(self, event: EventBase) -> None:
+        self._kept = event.seq
+        self.publish(event)
+
+    def turn(self, name: str) -> anyio.Lock:
+        """Held by the branch that is about to take a signal of that name."""
+        return self._turns.setdefault(name, anyio.Lock())
 
     def closing(self, path: str) -> Callable[[Connection], None]:
         """For ``Outcome.also``: the wait of that path is over."""
         self.waits.pop(path, None)
         return lambda connection: self.services.store.delete_waits(connection, self.run_id, path)
+
+    def abandoning(self, prefixes: tuple[str, ...], now: float) -> Callable[[Connection], None] | None:
+        """For ``Outcome.also``: these branches are given up; what they waited for is over, and their children end."""
+        if not self.had_waits:
+            return None
+        store, run_id = self.services.store, self.run_id
+
+        def operation(connection: Connection) -> None:
+            for wait in store.waits(connection, [run_id]):
+                if wait.path.startswith(prefixes):
+                    store.delete_waits(connection, run_id, wait.path)
+                    if wait.kind == "child":
+                        control.cancel(store, connection, wait.name, now)
+
+        return operation
 
     # --- branches ---------------------------------------------------------------------------------------------------
 
@@ -733,19 +766,22 @@ class _Group:
     async def _settle_failure(self, index: int, error: Exception) -> None:
         """Record that this branch was the first to fail, then raise its error as it is."""
         now = self.execution.services.clock.now()
-        self.execution.abandoned += [prefix for prefix, _ in self.jobs]
-        await self.execution.record(
-            self.path, "gather", "function", "", f"branch {index} failed", now, Outcome(), str(index), None
-        )
+        prefixes = tuple(prefix for prefix, _ in self.jobs)
+        self.execution.abandoned += prefixes
+        outcome = Outcome(also=self.execution.abandoning(prefixes, now))
+        asked = f"branch {index} failed"
+        await self.execution.record(self.path, "gather", "function", "", asked, now, outcome, str(index), None)
         raise error
 
     async def _fail_as_recorded(self, index: int) -> list[Any]:
         """Only the branch that failed first is played again: the others were cancelled and must not start anew."""
         self.execution.abandoned += [prefix for prefix, _ in self.jobs]
-        prefix, job = self.jobs[index]
-        with stand(Branch(self.execution, prefix, self.branch.task, self.branch.agent)):
-            await job()
-        self.execution.diverge(self.path, f"a failure of branch {index}", "the same branch, which does not fail now")
+        if index < len(self.jobs):
+            prefix, job = self.jobs[index]
+            with stand(Branch(self.execution, prefix, self.branch.task, self.branch.agent)):
+                await job()
+        asked = f"{len(self.jobs)} branches, of which that one does not fail now"
+        self.execution.diverge(self.path, f"a failure of branch {index}", asked)
         return await self.execution.halt()  # type: ignore[no-any-return]
 
 

@@ -74,7 +74,9 @@ async def _merge(worker: Worker, run_id: str, seen: int, follow: bool, live: Any
                     if run_id not in worker.resident and watch.changed():
                         break
                     continue
-                if event.type in _PASSING or event.seq > floor:
+                if event.type not in _PASSING and event.seq > seen + 1:
+                    break  # what came before it was not told live (a wake-up): the disk has both
+                if event.seq > floor or (event.type in _PASSING and event.seq == floor):
                     seen = max(seen, event.seq)
                     yield event
                 if event.type == "run_finished":
@@ -115,7 +117,7 @@ def _end_event(row: Any, seq: int) -> RunFinished:
 
 
 def _step_events(row: Any) -> Iterator[Any]:
-    if row.kind == "function" and row.name == "gather":
+    if row.name == "gather" and not row.digest:
         return
     head = {"run_id": row.run_id, "seq": row.seq, "path": row.path, "name": row.name}
     error = None if row.error is None else payload.error_line(row.error)

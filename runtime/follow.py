@@ -21,7 +21,6 @@ import anyio.abc
 import click
 
 from ridethrough.runtime import views
-from ridethrough.runtime.cli import FAILED, INTERRUPTED, OK, PARKED, USAGE, Options, put, say
 from ridethrough.runtime.display import Display, open_display
 from ridethrough.runtime.errors import (
     Error,
@@ -32,6 +31,7 @@ from ridethrough.runtime.errors import (
     StoreError,
     UsageError,
 )
+from ridethrough.runtime.options import FAILED, INTERRUPTED, OK, PARKED, USAGE, Options, put, say
 from ridethrough.runtime.printing import answers, plain, summary, when
 from ridethrough.runtime.runtime import GRACE_SECONDS, Runtime
 from ridethrough.runtime.source import load_target
@@ -91,7 +91,9 @@ class Start:
         self._named = run_id is not None
         self._given: Any = {}
         self._has_input = False
-        self._settings = {"tenant": tenant, "priority": priority, "labels": labels}
+        self._tenant = tenant
+        self._priority = priority
+        self._labels = labels
 
     def load(self) -> None:
         """Import the workflow. Before the event loop starts, so that Ctrl-C ends an import that hangs.
@@ -136,7 +138,8 @@ class Start:
         args, kwargs = self._arguments()
         if self._named and not self._has_input and await self._exists(runtime):
             return
-        await runtime.start(self.workflow, *args, id=self.id, **self._settings, **kwargs)
+        settings: dict[str, Any] = {"tenant": self._tenant, "priority": self._priority, "labels": self._labels}
+        await runtime.start(self.workflow, *args, id=self.id, **settings, **kwargs)
 
     async def _exists(self, runtime: Runtime) -> bool:
         """Whether there is a run of that id; it has to be of this workflow, and of this input if one was given."""
@@ -235,11 +238,19 @@ class Follow:
         run = await runtime.describe(run_id)
         steps = len(run.steps or ())
         self.positions[run_id] = await runtime.store.read(lambda connection: runtime.store.last_seq(connection, run_id))
-        if run.status == "done":
-            self.display.note(f"{run_id} is done already; this is its result.")
-        else:
-            await runtime.resume(run_id)
+        await self._resume(runtime, run)
         self.display.begin(run, steps)
+
+    async def _resume(self, runtime: Runtime, run: views.RunView) -> None:
+        if run.status == "done":
+            self.display.note(f"{run.id} is done already; this is its result.")
+            return
+        try:
+            await runtime.resume(run.id)
+        except RunConflict as error:
+            if run.status not in FINAL:
+                raise
+            self.display.note(error.message)  # it ended for good: that is what will be reported
 
     def refused(self, run_id: str, error: Error) -> None:
         """A run that cannot be taken up, among others that can."""

@@ -28,7 +28,31 @@ PREVIEW = 200
 """How many characters of a step's input are kept, to show what was recorded when code diverges."""
 
 _TRIVIAL = (str, int, float, bool, type(None))
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_spaced = json.JSONEncoder(ensure_ascii=False).encode
+_escaped = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
+
+
+def encode(value: Any, *, spaced: bool = False) -> str:
+    """JSON text that every database can hold: half a surrogate pair, which models do produce, is escaped."""
+    text = _spaced(value) if spaced else _compact(value)
+    return text if text.isascii() or _is_unicode(text) else _escaped(value)
+
+
+def storable(text: str) -> str:
+    """Text that every database can hold: half a surrogate pair is replaced."""
+    return text if text.isascii() or _is_unicode(text) else text.encode("utf-8", "replace").decode()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_encode = encode
 
 
 class Codec:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ridethrough.runtime.views import Blocker, RunView, StepView, WaitView
 
 if TYPE_CHECKING:
-    from ridethrough.runtime.cli import Options
+    from ridethrough.runtime.options import Options
 
 TIMELINE = 20
 """Steps on a run's page when not all are asked for."""
@@ -58,6 +58,11 @@ def when(moment: datetime | None) -> str:
     local = moment.astimezone()
     today = datetime.now(UTC).astimezone().date()
     return local.strftime("%H:%M:%S" if local.date() == today else "%Y-%m-%d %H:%M:%S")
+
+
+def counted(number: int, what: str, many: str = "") -> str:
+    """A number of things."""
+    return f"{number} {what}" if number == 1 else f"{number} {many or what + 's'}"
 
 
 def tokens(count: int) -> str:
@@ -161,11 +166,11 @@ def _example(schema: dict[str, Any]) -> str:
 def summary(run: RunView) -> str:
     """The last line about a run."""
     usage = run.usage
-    parts = [f"{len(run.steps or ())} steps", f"{usage.model_calls} model calls"]
+    parts = [counted(len(run.steps or ()), "step"), counted(usage.model_calls, "model call")]
     if usage.model_calls:
         parts += [f"{tokens(usage.input_tokens)} + {tokens(usage.output_tokens)} tokens", dollars(run.cost_usd)]
     if run.recoveries:
-        parts.append(f"{run.recoveries} recoveries")
+        parts.append(counted(run.recoveries, "recovery", "recoveries"))
     return f"{run.id}: {run.status}; {', '.join(parts)}; {seconds(_elapsed(run))}"
 
 

@@ -291,14 +291,31 @@ class Runtime(Launcher):
             "created_at": now,
         }
         values |= {"worker_id": self.worker.worker_id, "fence": 1, "started_at": now} if here else {"wake_at": now}
-        if await self._insert(run_id, values, text):
-            if here:
-                self.worker.launch(views.Fields(values), 1, 0, 0, text=text)
-            else:
-                self.worker.poke()
-        else:
+        if not await (self._start_here(run_id, values, text) if here else self._insert(run_id, values, text)):
             await self._same_run(run_id, values)
+        elif not here:
+            self.worker.poke()
         return Run(self, run_id, definition)
+
+    async def _start_here(self, run_id: str, values: dict[str, Any], text: str) -> bool:
+        """Insert a run that this process holds from the start, and begin; false if the id is taken.
+
+        It is ``mine`` before the row says so, or the claimer would take it for one that was lost; and if the caller is
+        cancelled in between, it is no longer, so that the claimer does take it.
+        """
+        mine = self.worker.mine
+        if run_id in mine:
+            return False
+        mine.add(run_id)
+        launched = False
+        try:
+            if await self._insert(run_id, values, text):
+                self.worker.launch(views.Fields(values), 1, 0, 0, text=text)
+                launched = True
+        finally:
+            if not launched:
+                mine.discard(run_id)
+        return launched
 
     async def _insert(self, run_id: str, values: dict[str, Any], text: str) -> bool:
         """Insert a run; false if the id is taken."""
@@ -315,8 +332,9 @@ class Runtime(Launcher):
         if self.store.run(connection, values["id"]) is not None:
             raise RunConflict(f"Run {values['id']} exists already.")
         data = text.encode("utf-8", "surrogatepass")
-        row = {**values, "input": None, "input_ref": payload.content_hash(data)}
-        self.store.insert_payload(connection, row["input_ref"], data, values["created_at"])
+        ref = payload.content_hash(data)
+        row = {**values, "input": None, "input_ref": ref}
+        self.store.insert_payload(connection, ref, data, values["created_at"])
         self.store.insert_runs(connection.connection.cursor(), [control.new_run_row(row)])
 
     async def _same_run(self, run_id: str, values: Mapping[str, Any]) -> None:
@@ -326,7 +344,6 @@ class Runtime(Launcher):
                 f"Run {run_id} exists already, of workflow {row.workflow} with input {payload.preview(row.input or '')}. "
                 f"Give the new run another id, or start it with the same input to get the old one."
             )
-        self.worker.poke()
 
     async def run_to_end(self, workflow: Any, arguments: Mapping[str, Any]) -> Any:
         """Start a run of its own and wait for its result."""

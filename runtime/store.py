@@ -19,7 +19,7 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlmodel import SQLModel
 
-from ridethrough.runtime.errors import ConfigError, StoreVersionError
+from ridethrough.runtime.errors import ConfigError, StoreError, StoreVersionError
 from ridethrough.runtime.sqlite import Durability, SQLite
 from ridethrough.runtime.tables import (
     FINAL,
@@ -90,15 +90,27 @@ class Store:
             StoreError: the database cannot be used.
             StoreVersionError: its schema is older or newer than this code.
         """
-        Path(self.database.path).parent.mkdir(parents=True, exist_ok=True)
         try:
+            Path(self.database.path).parent.mkdir(parents=True, exist_ok=True)
             version = self.version()
             if version is None:
                 self._create()
                 version = self.version()
-        except SQLAlchemyError as error:
+            self._compare(version)
+            self._require_tables()
+        except StoreError:
+            raise
+        except (SQLAlchemyError, OSError) as error:
             raise self.database.translate(error) from error
-        self._compare(version)
+
+    def _require_tables(self) -> None:
+        with self.reader.connect() as connection:
+            missing = {table.name for table in _OWN_TABLES} - set(inspect(connection).get_table_names())
+        if missing:
+            raise StoreError(
+                f"database {self.database.display}: its tables {', '.join(sorted(missing))} are missing. "
+                f"Restore a backup, or name another file with --db or `database`."
+            )
 
     def version(self) -> str | None:
         """The schema version that the database says it has; ``None`` for a new one."""
@@ -276,9 +288,9 @@ class Store:
         )
         return connection.execute(query if roots is None else query.where(RUNS.c.root_id.in_(roots))).all()
 
-    def held_by(self, connection: Connection, worker_ids: Sequence[str]) -> Sequence[StoredRow]:
-        """Runs that these workers hold, the most urgent and oldest first."""
-        query = select(RUNS).where(RUNS.c.worker_id.in_(worker_ids))
+    def held_by_none_of(self, connection: Connection, live: Sequence[str]) -> Sequence[StoredRow]:
+        """Runs that are held, but by none of these workers; the most urgent and oldest first."""
+        query = select(RUNS).where(RUNS.c.worker_id.is_not(None), RUNS.c.worker_id.not_in(live))
         return connection.execute(query.order_by(RUNS.c.priority.desc(), RUNS.c.created_at, RUNS.c.id)).all()
 
     def last_seq(self, connection: Connection, run_id: str) -> int:
@@ -291,9 +303,13 @@ class Store:
         """The position of the run's newest step."""
         return int(connection.execute(select(func.max(STEPS.c.seq)).where(STEPS.c.run_id == run_id)).scalar() or 0)
 
-    def next_wake(self, connection: Connection) -> float | None:
-        """The earliest time at which a parked run wants to be looked at."""
-        return connection.execute(select(func.min(RUNS.c.wake_at)).where(RUNS.c.wake_at.is_not(None))).scalar()
+    def next_wake(self, connection: Connection, now: float) -> float | None:
+        """The earliest time after ``now`` at which a parked run wants to be looked at.
+
+        What is due and was not claimed is of workflows that this process does not know: to wake for it would be a hot
+        loop.
+        """
+        return connection.execute(select(func.min(RUNS.c.wake_at)).where(RUNS.c.wake_at > now)).scalar()
 
     def wanted(self, connection: Connection, worker_id: str) -> dict[str, str]:
         """What operators asked of the runs that this worker holds."""
@@ -397,21 +413,27 @@ class Store:
         """A large value by its digest."""
         return connection.execute(select(PAYLOADS.c.data).where(PAYLOADS.c.hash == digest)).scalar()
 
-    def session(self, connection: Connection, name: str, upto: int | None = None) -> Sequence[StoredRow]:
-        """The messages of a session in order, up to a position."""
-        query = select(SESSIONS).where(SESSIONS.c.session == name).order_by(SESSIONS.c.position)
-        return connection.execute(query if upto is None else query.where(SESSIONS.c.position <= upto)).all()
+    def session(self, connection: Connection, name: str, after: int, upto: int) -> Sequence[StoredRow]:
+        """The messages of a session between two positions, in order."""
+        query = select(SESSIONS).where(SESSIONS.c.session == name, SESSIONS.c.position.between(after + 1, upto))
+        return connection.execute(query.order_by(SESSIONS.c.position)).all()
+
+    def session_length(self, connection: Connection, name: str) -> int:
+        """The position of a session's last message; 0 for a new one."""
+        return int(
+            connection.execute(select(func.max(SESSIONS.c.position)).where(SESSIONS.c.session == name)).scalar() or 0
+        )
 
     def append_session(self, connection: Connection, name: str, run_id: str, path: str, messages: Sequence[str]) -> int:
         """Add the messages of one agent run to a session, once; the position of the last one."""
-        last = connection.execute(select(func.max(SESSIONS.c.position)).where(SESSIONS.c.session == name)).scalar() or 0
+        last = self.session_length(connection, name)
         rows = [
             {"session": name, "position": last + index, "message": message, "run_id": run_id, "path": path}
             for index, message in enumerate(messages, 1)
         ]
         if rows:
             connection.execute(insert(SESSIONS), rows)
-        return int(last + len(rows))
+        return last + len(rows)
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
@@ -431,6 +453,11 @@ class Store:
     def delete_worker(self, connection: Connection, worker_id: str) -> None:
         """Take a worker off the list."""
         connection.execute(delete(WORKERS).where(WORKERS.c.id == worker_id))
+
+    def give_back(self, connection: Connection, worker_id: str, now: float) -> None:
+        """Let others take what this worker still holds."""
+        held = update(RUNS).where(RUNS.c.worker_id == worker_id)
+        connection.execute(held.values(status="queued", worker_id=None, wake_at=now))
 
     # --- fork and retention -----------------------------------------------------------------------------------------
 

@@ -186,7 +186,7 @@ class Op(Protocol):
 def make_program(seed: int, ops: Sequence[str] | None = None, depth: int = 3) -> Node:
     """A random program; the same seed (and ops) give the same one."""
     maker = Maker(seed, ops)
-    return {"op": "sequence", "nodes": maker.nodes(3, 6, depth)}
+    return {"op": "sequence", "nodes": maker.nodes(4, 8, depth)}
 
 
 async def play(node: Node, run_id: str) -> Any:
@@ -425,9 +425,7 @@ class GatherOp:
         """Execute the branches."""
         if not node["collect"]:
             return await gather(*(play(part, run_id) for part in node["nodes"]), limit=node["limit"])
-        found = await fan_out(
-            lambda part: play(part, run_id), node["nodes"], limit=node["limit"], on_error="collect"
-        )
+        found = await fan_out(lambda part: play(part, run_id), node["nodes"], limit=node["limit"], on_error="collect")
         return [["error", type(item).__name__] if isinstance(item, Exception) else item for item in found]
 
     def expect(self, node: Node) -> Any:
@@ -634,7 +632,7 @@ def campaign(
     *,
     rounds: int = 4,
     kills: int = 10,
-    programs: int = 4,
+    programs: int = 6,
     ops: Sequence[str] | None = None,
     deadline: float = 60.0,
     log: Callable[[str], None] = print,
@@ -662,7 +660,9 @@ def campaign(
         before = len(report.violations)
         _one_round(plan, chance, kills, deadline, report)
         found = report.violations[before:]
-        log(f"seed {seed} round {index}: {report.lives} lives, {report.kills} kills, {len(found)} violations so far here")
+        log(
+            f"seed {seed} round {index}: {report.lives} lives, {report.kills} kills, {len(found)} violations so far here"
+        )
         for violation in found:
             log(f"  {violation}")
         if not found:
@@ -684,7 +684,9 @@ def _one_round(plan: Plan, chance: random.Random, kills: int, deadline: float, r
             ended = True
             break
     if not ended and _live(plan, chance, "", deadline, report):
-        report.violations.append(f"{plan.directory.name}: not ended after {deadline:g} s without a kill: {_stuck(plan)}")
+        report.violations.append(
+            f"{plan.directory.name}: not ended after {deadline:g} s without a kill: {_stuck(plan)}"
+        )
     report.runs += len(plan.programs)
     report.violations += [f"{plan.directory.name}: {line}" for line in check(plan)]
     report.effects += sum(entry["kind"] == "start" for entry in plan.ledger.read())
@@ -693,9 +695,9 @@ def _one_round(plan: Plan, chance: random.Random, kills: int, deadline: float, r
 def _choose_kill(chance: random.Random) -> tuple[str, float]:
     """A point and the how-manieth time it is reached, or a moment in seconds."""
     if chance.random() < 0.35:
-        return "", chance.uniform(0.0, 0.3)
+        return "", chance.uniform(0.0, 0.25)
     point = chance.choice(testpoints.POINTS)
-    most = {"journal": 40, "step": 20, "claim": 4, "park": 5, "finish": 4}[point.partition(".")[0]]
+    most = {"journal": 20, "step": 12, "claim": 3, "park": 4, "finish": 3}[point.partition(".")[0]]
     return f"{point}:{chance.randint(1, most)}", 30.0
 
 
@@ -841,13 +843,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--programs", type=int, default=4)
+    parser.add_argument("--programs", type=int, default=6)
     parser.add_argument("--ops", action="append", default=[], metavar="MODULE", help="a module that adds to OPS")
     chosen = parser.parse_args(arguments)
     for name in chosen.ops:
         importlib.import_module(name)
     report = campaign(
-        chosen.directory, chosen.seed, rounds=chosen.rounds, kills=chosen.kills, programs=chosen.programs, log=_to_stderr
+        chosen.directory,
+        chosen.seed,
+        rounds=chosen.rounds,
+        kills=chosen.kills,
+        programs=chosen.programs,
+        log=_to_stderr,
     )
     sys.stdout.write(json.dumps(report.as_json()) + "\n")
     return 1 if report.violations else 0

@@ -60,7 +60,7 @@ async def receive(branch: Branch, path: str, question: Question, codec: Codec, t
         TimeoutError: ``timeout`` seconds after the wait began nothing had come; recorded like a value.
     """
     execution = branch.execution
-    asked = json.dumps([question.name, question.text, question.arguments], ensure_ascii=False)
+    asked = payload.encode([question.name, question.text, question.arguments], spaced=True)
     digest = digest_of(asked)
     if (row := execution.recorded(path, "signal", digest, asked)) is not None:
         return await execution.recall(row, codec)
@@ -68,24 +68,19 @@ async def receive(branch: Branch, path: str, question: Question, codec: Codec, t
     started = execution.services.clock.now()
     due = await _announce(execution, path, question, codec, None if timeout is None else started + timeout)
     outcome = Outcome(agent=branch.agent)
-    text: str | None = None
-    failure: Exception | None = None
     while True:
-        signal = await _peek(execution, question.name)
-        if signal is not None:
-            text = await _accept(execution, path, signal, codec)
-            if text is None:
-                continue
-            outcome.also = _taking(execution, path, signal)
-            break
+        # From looking at a signal until it is taken no other branch may look: it would take the same one.
+        async with execution.turn(question.name):
+            found = await _next_fitting(execution, path, question.name, codec)
+            if found is not None:
+                text, outcome.also = found
+                await execution.record(path, question.name, "signal", digest, asked, started, outcome, text, None)
+                return codec.load(text)
         if not await execution.block(Blocked(path, question.kind, question.name, due)):
             failure = TimeoutError(f"No signal {question.name!r} came within {timeout:g} s.")
             outcome.also = execution.closing(path)
-            break
-    await execution.record(path, question.name, "signal", digest, asked, started, outcome, text, failure)
-    if failure is not None:
-        raise failure
-    return codec.load(text or "null")
+            await execution.record(path, question.name, "signal", digest, asked, started, outcome, None, failure)
+            raise failure
 
 
 async def _announce(
@@ -105,10 +100,21 @@ async def _announce(
         question.name,
         due,
         None if question.kind == "signal" else event,
-        question=question.text,
+        question=None if question.text is None else payload.storable(question.text),
         arguments=None if question.arguments is None else json.dumps(question.arguments),
         value_schema=json.dumps(codec.json_schema()),
     )
+
+
+async def _next_fitting(
+    execution: Execution, path: str, name: str, codec: Codec
+) -> tuple[str, Callable[[Connection], None]] | None:
+    """The value of the oldest signal that fits, and what takes it; ``None`` if there is none."""
+    while (signal := await _peek(execution, name)) is not None:
+        text = await _accept(execution, path, signal, codec)
+        if text is not None:
+            return text, _taking(execution, path, signal)
+    return None
 
 
 async def _peek(execution: Execution, name: str) -> StoredRow | None:

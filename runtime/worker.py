@@ -8,6 +8,7 @@ dead workers. Everything it asks is one indexed query for all runs together; par
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -87,15 +88,19 @@ class Worker:
         self.current_task = backend.current_task
         self.journal = Journal(store, backend.call_soon)
         self.resident: dict[str, Execution] = {}
+        self.mine: set[str] = set()
+        """What this worker executes, is about to execute, or has not let go of yet."""
         self.awaited: dict[str, Awaited] = {}
         self.watchers: dict[str, list[Callable[[EventBase], None]]] = {}
         self.local: dict[str, Workflow[..., Any]] = {}
         self._open_router = open_router
         self._lease_seconds = lease_seconds
-        self._claimer = Claimer(store, self.worker_id, self._known)
+        self._claimer = Claimer(store, self.worker_id, self._known, self.mine)
         self._poke = anyio.Event()
+        self._claiming = anyio.Lock()
+        self._registered = False
         self._next_wake: float | None = None
-        self._last_orphans = 0.0
+        self._last_orphans = -math.inf
         self._backlog = False
         self._serving = True
         self._gone: anyio.Event | None = None
@@ -124,6 +129,7 @@ class Worker:
         self.journal.start(Heartbeat(self._lease_seconds / 3, self._beat) if serve else None)
         if serve:
             await self.journal.do(lambda connection: self.store.insert_worker(connection, self.row))
+            self._registered = True
             tasks.start_soon(self._serve)
 
     def _beat(self, connection: Connection) -> None:
@@ -152,9 +158,13 @@ class Worker:
 
     async def _sign_off(self) -> None:
         try:
-            await self.journal.do(lambda connection: self.store.delete_worker(connection, self.worker_id))
+            await self.journal.do(self._leave_list)
         except Error as error:
             log.warning("worker %s could not sign off: %s", self.worker_id, error)
+
+    def _leave_list(self, connection: Connection) -> None:
+        self.store.give_back(connection, self.worker_id, self.clock.now())
+        self.store.delete_worker(connection, self.worker_id)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -184,8 +194,10 @@ class Worker:
         """One look at everything that may concern this worker."""
         now, free = self.clock.now(), self.concurrency - len(self.resident)
         resident = list(self.resident)
-        found = await self.store.read(lambda connection: self._survey(connection, now, resident, free))
-        self._last_orphans = time.monotonic()
+        orphans = time.monotonic() - self._last_orphans >= ORPHAN_SECONDS
+        found = await self.store.read(lambda connection: self._survey(connection, now, resident, orphans))
+        if orphans:
+            self._last_orphans = time.monotonic()
         for run_id, wanted in found.wanted.items():
             self._obey(run_id, wanted)
         for run_id, name in found.signals:
@@ -197,18 +209,18 @@ class Worker:
         if found.due and free > 0:
             await self._claim(now, free)
 
-    def _survey(self, connection: Connection, now: float, resident: list[str], free: int) -> Survey:
-        found = Survey(next_wake=self.store.next_wake(connection))
+    def _survey(self, connection: Connection, now: float, resident: list[str], orphans: bool) -> Survey:
+        found = Survey(next_wake=self.store.next_wake(connection, now))
         if resident:
             found.wanted = self.store.wanted(connection, self.worker_id)
         blocked = [run_id for run_id in resident if self._waits_for(run_id, SIGNALLED)]
         if blocked:
             found.signals = self.store.open_signals(connection, blocked)
-        asked = [*self._children(), *(run_id for run_id in self.awaited if run_id not in self.resident)]
+        asked = [*self._children(), *(run_id for run_id in list(self.awaited) if run_id not in self.resident)]
         if asked:
             statuses = self.store.statuses(connection, asked)
             found.ended = [run_id for run_id, status in statuses.items() if status in FINAL]
-        found.due = self._serving and self._claimer.something_due(connection, now, resident, self._roots())
+        found.due = self._serving and self._claimer.something_due(connection, now, self._roots(), orphans)
         return found
 
     def _roots(self) -> list[str] | None:
@@ -254,15 +266,21 @@ class Worker:
         return {name: workflow.version for name, workflow in known.items()}
 
     async def _claim(self, now: float, limit: int, always: str | None = None) -> None:
-        resident, roots = list(self.resident), self._roots()
-        killpoint("claim.before")
-        claims: list[Claim] = await self.journal.do(
-            lambda connection: self._claimer.claim(connection, now, limit, resident, roots, always)
-        )
-        killpoint("claim.after")
-        loaded = await self.store.read(lambda connection: [self._load(connection, claim) for claim in claims])
-        for claim, rows in zip(claims, loaded, strict=True):
-            self.launch(claim.row, claim.fence, claim.seq, claim.recoveries, *rows)
+        async with self._claiming:  # two claims at once would each take the other's for runs that this worker has lost
+            roots = self._roots()
+            killpoint("claim.before")
+            claims: list[Claim] = await self.journal.do(
+                lambda connection: self._claimer.claim(connection, now, limit, roots, always)
+            )
+            killpoint("claim.after")
+            self.mine.update(claim.row.id for claim in claims)
+            try:
+                loaded = await self.store.read(lambda connection: [self._load(connection, claim) for claim in claims])
+            except BaseException:
+                self.mine.difference_update(claim.row.id for claim in claims)  # held and not executed: claimed again
+                raise
+            for claim, rows in zip(claims, loaded, strict=True):
+                self.launch(claim.row, claim.fence, claim.seq, claim.recoveries, *rows)
         self.poke()
 
     def _load(self, connection: Connection, claim: Claim) -> tuple[Any, ...]:
@@ -278,7 +296,9 @@ class Worker:
         return (self.store.payload(connection, row.input_ref) or b"{}").decode("utf-8", "surrogatepass")
 
     async def take(self, run_id: str) -> None:
-        """Claim one run now, whatever else is due."""
+        """Claim one run now, whatever else is due. A process that only looks leaves it to those that execute."""
+        if not self._registered:
+            return
         await self._claim(self.clock.now(), 1, run_id)
 
     def workflow(self, row: StoredRow) -> Workflow[..., Any]:
@@ -349,10 +369,11 @@ class Worker:
             log.warning("run %s: another worker has taken it over; this one has written nothing", execution.run_id)
         finally:
             self.resident.pop(execution.run_id, None)
+            self.mine.discard(execution.run_id)
             if self._gone is not None:
                 self._gone.set()
-            if self._backlog:
-                self.poke()
+            if self._backlog or execution.ending is not None:
+                self.poke()  # a run that was woken while it unwound could not be claimed until now
 
     async def _execute(self, execution: Execution, row: Any, text: str) -> Ended:
         workflow = self.workflow(row)
@@ -389,15 +410,15 @@ class Worker:
         else:
             await self.journal.write(Unit(info.id, fence, ending=ending))
         killpoint("finish.after")
-        ended.result_ref = ending["b_ref"]  # type: ignore[assignment]
         self._tell_end(execution, ended, now)
 
     def _end(self, connection: Connection, info: RunInfo, ending: dict[str, Any], large: bool, now: float) -> None:
+        stored = dict(ending)  # this may run twice: a batch that failed is repeated unit by unit
         if large:
             data = ending["b_result"].encode("utf-8", "surrogatepass")
-            ending["b_result"], ending["b_ref"] = None, payload.content_hash(data)
-            self.store.insert_payload(connection, ending["b_ref"], data, now)
-        self.store.finish_runs(connection.connection.cursor(), [ending])
+            stored["b_result"], stored["b_ref"] = None, payload.content_hash(data)
+            self.store.insert_payload(connection, stored["b_ref"], data, now)
+        self.store.finish_runs(connection.connection.cursor(), [stored])
         self.store.delete_waits(connection, info.id)
         if info.parent_id is not None:
             self.store.wake(connection, [info.parent_id], now)
@@ -471,8 +492,10 @@ class Worker:
                     row = await self.store.read(lambda connection: control.require(self.store, connection, run_id))
                     if row.status in FINAL:
                         return Ended(row.status, row.result, row.result_ref, row.error)
-                await awaited.event.wait()
-                awaited.event = anyio.Event() if awaited.ended is None and awaited.broken is None else awaited.event
+                with anyio.move_on_after(math.inf if self._registered else POLL_SECONDS):
+                    await awaited.event.wait()
+                if awaited.event.is_set() and awaited.ended is None and awaited.broken is None:
+                    awaited.event = anyio.Event()  # not if another waiter has put a new one in its place already
             return awaited.ended
         finally:
             awaited.waiters -= 1

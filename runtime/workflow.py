@@ -251,8 +251,8 @@ class Step(Generic[P, R]):
 
     def __await__(self) -> Generator[Any, Any, R]:
         """``await step(function)``: a call without arguments."""
-        call = cast("Callable[[], Coroutine[Any, Any, R]]", self)
-        return call().__await__()
+        call: Any = self  # P is empty here, which the types cannot say
+        return cast("Generator[Any, Any, R]", call().__await__())
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Perform the step."""

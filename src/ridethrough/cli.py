@@ -17,7 +17,7 @@ import click
 
 from ridethrough import __version__
 from ridethrough.runtime import cli as runtime_part
-from ridethrough.runtime.cli import FAILED, INTERRUPTED, OK, PARKED, USAGE, Group
+from ridethrough.runtime.options import FAILED, INTERRUPTED, OK, PARKED, USAGE, Group
 
 BROKEN_PIPE = 141
 """What a shell shows for a program that SIGPIPE ended; whoever closed the pipe did not want to read on."""
