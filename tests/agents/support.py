@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from ridethrough.runtime.clock import Clock
 from ridethrough.runtime.config import Config, parse_config
-from ridethrough.runtime.events import Event
+from ridethrough.runtime.events import ApprovalRequested, Event
 from ridethrough.runtime.router.messages import (
     AssistantMessage,
     ModelRequest,
@@ -127,21 +128,28 @@ def provider_config(url: str, *, route: str = "", model: str = "", durability: s
     )
 
 
-async def view_when(runtime: Runtime, run_id: str, ready: Callable[[RunView], bool]) -> RunView:
-    """The run as soon as it looks as wanted; found out by looking again after each event, not by the clock."""
+async def parked(run: Run[Any]) -> RunView:
+    """The run once it is parked."""
     with anyio.fail_after(PATIENCE):
-        while True:
-            view = await runtime.describe(run_id)
-            if ready(view):
-                return view
-            await anyio.sleep(0.005)
+        async with aclosing(run.events()) as events:
+            async for event in events:
+                if event.type == "run_paused" and (view := await run.view()).status in ("paused", "waiting"):
+                    return view
+                assert event.type != "run_finished", f"the run has ended instead of being parked: {event}"
+    raise AssertionError("the events ended before the run was parked")
 
 
-async def parked(runtime: Runtime, run: Run[Any]) -> RunView:
-    """The run once it has left memory."""
-    return await view_when(
-        runtime, run.id, lambda view: view.status in ("paused", "waiting") and run.id not in runtime.worker.resident
-    )
+async def asked(run: Run[Any], count: int = 1) -> list[ApprovalRequested]:
+    """The first requests of a run for a person's decision."""
+    found: list[ApprovalRequested] = []
+    with anyio.fail_after(PATIENCE):
+        async with aclosing(run.events()) as events:
+            async for event in events:
+                if isinstance(event, ApprovalRequested):
+                    found.append(event)
+                if len(found) == count:
+                    return found
+    raise AssertionError(f"the run asked for {len(found)} decisions instead of {count}")
 
 
 async def all_events(run: Run[Any], after: int | None = None) -> list[Event]:
