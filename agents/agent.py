@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, Union, cast, overload
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from ridethrough.agents.guardrail import Guardrail
-from ridethrough.runtime.errors import ConfigError, SerializationError
+from ridethrough.runtime.errors import ConfigError, NotFound, SerializationError, UsageError
 from ridethrough.runtime.execution import Branch, current_branch, position
 from ridethrough.runtime.payload import Codec
 from ridethrough.runtime.router.messages import (
@@ -32,6 +33,8 @@ from ridethrough.tools.tool import Tool
 
 if TYPE_CHECKING:
     from ridethrough.agents.as_tool import AgentTool
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 OutT = TypeVar("OutT")
 T = TypeVar("T")
@@ -94,7 +97,17 @@ class RunContext:
     resources: Mapping[str, Any]
 
     def resource(self, name: str) -> Any:
-        """A live client of ``Runtime.open(resources=...)``."""
+        """A live client of ``Runtime.open(resources=...)``.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        if name not in self.resources:
+            known = ", ".join(sorted(self.resources)) or "none at all"
+            raise NotFound(
+                f"There is no resource {name!r}; this runtime has: {known}. Pass it to "
+                f"Runtime.open(resources={{{name!r}: ...}})."
+            )
         return self.resources[name]
 
 
@@ -242,6 +255,11 @@ class Agent(Generic[OutT]):
             raise ConfigError(f"agent {self.name}: {what}= is not in this version yet. Leave it out.")
         names = [tool.name for tool in self.tools] + [transfer_name(agent) for agent in self.handoffs]
         for name in names:
+            if not TOOL_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"agent {self.name}: no model can call a tool {name!r}. Names have 1 to 64 letters, digits, '_' "
+                    f"and '-' (for a handoff, 'transfer_to_' is put in front of the agent's name)."
+                )
             if names.count(name) > 1:
                 raise ConfigError(f"agent {self.name}: two tools are called {name!r}. Rename one with @tool(name=...).")
         if self.tool_concurrency < 1:
@@ -337,14 +355,19 @@ def input_messages(input: Any) -> list[Message]:
     """An agent's input as messages.
 
     Raises:
-        pydantic.ValidationError: it is neither text nor messages nor parts (a ``ValueError``).
+        UsageError: it is neither text nor messages nor parts.
     """
     if isinstance(input, str):
         return [UserMessage(content=input)]
-    items = list(input)
-    if all(_is_part(item) for item in items):
-        return [UserMessage(content=tuple(items))]
-    return list(ModelRequest(items).messages)
+    try:
+        items = list(input)
+        if all(_is_part(item) for item in items):
+            return [UserMessage(content=tuple(items))]
+        return list(ModelRequest(items).messages)
+    except (ValidationError, TypeError) as error:
+        raise UsageError(
+            f"An agent's input is text, a list of messages (role and content) or a list of parts; this is none: {error}"
+        ) from error
 
 
 def _is_part(item: Any) -> bool:

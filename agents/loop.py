@@ -13,27 +13,31 @@ import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
+from anyio.lowlevel import RunVar
+from pydantic_core import PydanticSerializationError
 from sqlalchemy import Connection
 
 from ridethrough.agents.agent import Agent, AgentResult, RunContext, input_messages, transfer_name
 from ridethrough.agents.as_tool import AgentTool
 from ridethrough.agents.guardrail import Guardrail
 from ridethrough.runtime.errors import (
+    ConfigError,
     ContentFilter,
     Error,
     GuardrailTripped,
     InvalidOutput,
     LimitExceeded,
-    ModelError,
     NotFound,
+    StoreError,
     Unavailable,
+    UsageError,
 )
 from ridethrough.runtime.events import HandedOff
 from ridethrough.runtime.execution import Blocked, Branch, Execution, Outcome, stand
-from ridethrough.runtime.payload import Codec, describe_error, digest_of, preview
+from ridethrough.runtime.payload import Codec, describe_error, digest_of, preview, storable
 from ridethrough.runtime.router.context import CallContext
 from ridethrough.runtime.router.messages import (
     MESSAGE,
@@ -48,9 +52,9 @@ from ridethrough.runtime.router.messages import (
     Usage,
     UserMessage,
 )
-from ridethrough.tools.call import Limiters, Request, ToolResult, call_tool, refuse_call
+from ridethrough.tools.call import Limiters, Request, ToolResult, call_tool, recorded_result, refuse_call
 from ridethrough.tools.output import READ_TOOL, cap_output, render_output
-from ridethrough.tools.schema import ArgumentsInvalid, OutputInvalid, validate_output
+from ridethrough.tools.schema import OutputInvalid, validate_output
 from ridethrough.tools.tool import Tool, tool
 
 LONGEST_PAUSE = 60.0
@@ -60,7 +64,37 @@ _RESPONSE = Codec(ModelResponse, "a model's answer")
 _TEXT = Codec(str, "instructions")
 _REASON = Codec(str | None, "the reason of a guardrail")
 _POSITION = Codec(int, "the position in a session")
-_process_limiters = Limiters()
+_process_limiters: RunVar[Limiters] = RunVar("ridethrough_limiters")
+"""One set for each event loop: a semaphore belongs to the loop that it was made in."""
+
+
+def process_limiters() -> Limiters:
+    """The limiters of tools with ``concurrency``."""
+    found = _process_limiters.get(None)
+    if found is None:
+        found = Limiters()
+        _process_limiters.set(found)
+    return found
+
+
+M = TypeVar("M", bound=Message)
+
+
+def storable_message(message: M) -> M:
+    """The message without halves of surrogate pairs, which models do produce and no database stores."""
+    try:
+        MESSAGE.dump_json(message)
+    except PydanticSerializationError:
+        return MESSAGE.validate_python(_mended(message.model_dump()))  # type: ignore[return-value]
+    return message
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item) for key, item in value.items()}
+    return [_mended(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Conversation:
@@ -125,6 +159,8 @@ class Conversation:
         self._known = len(self.messages)
         for message in input_messages(input):
             self._append(message)
+            if isinstance(message, AssistantMessage):
+                self._ids |= {call.id for call in message.tool_calls}
         await self._take_over(self.agent)
         await self._check("input", self._input_text())
 
@@ -154,6 +190,7 @@ class Conversation:
         self._chain = digest_of(self._chain + text)
 
     def _append(self, message: Message) -> None:
+        message = storable_message(message)
         self.messages.append(message)
         self._extend(MESSAGE.dump_json(message, exclude_defaults=True).decode("utf-8", "surrogatepass"))
 
@@ -198,20 +235,25 @@ class Conversation:
             max_tokens=self.agent.max_tokens,
             reasoning=self.agent.reasoning,
         )
+        try:
+            response = await self._patient_answer(request, path)
+        finally:
+            if path in self.execution.waits or self._waited == path:
+                outcome.also = self.execution.closing(path)
+        outcome.model, outcome.attempts = response.deployment or response.model or None, response.attempts
+        outcome.input_tokens, outcome.output_tokens = response.usage.input_tokens, response.usage.output_tokens
+        outcome.cost_usd, outcome.agent = response.cost_usd, self.agent.name
+        message = storable_message(response.message)
+        return response if message is response.message else response.model_copy(update={"message": message})
+
+    async def _patient_answer(self, request: ModelRequest, path: str) -> ModelResponse:
         while True:
             try:
-                response = await self._within_limit(self._answer(request, path))
-                break
+                return await self._within_limit(self._answer(request, path))
             except Unavailable as error:
                 if not await self._may_pause():
                     raise
                 await self._wait_for_models(path, error)
-        outcome.model, outcome.attempts = response.deployment or response.model or None, response.attempts
-        outcome.input_tokens, outcome.output_tokens = response.usage.input_tokens, response.usage.output_tokens
-        outcome.cost_usd, outcome.agent = response.cost_usd, self.agent.name
-        if path in self.execution.waits or self._waited == path:
-            outcome.also = self.execution.closing(path)
-        return response
 
     async def _within_limit(self, answer: Awaitable[ModelResponse]) -> ModelResponse:
         if self.limits.seconds is None:
@@ -374,9 +416,9 @@ class Conversation:
             return lambda: self._call_agent(found, arguments, path)
         if isinstance(found, Tool):
             request = Request(found, arguments, path, self.branch, call.error)
-            return lambda: call_tool(self.branch, request, self.deps, turn, _process_limiters)
+            return lambda: call_tool(self.branch, request, self.deps, turn, process_limiters())
         known = ", ".join(spec.name for spec in self._specs) or "none"
-        text = f"There is no tool {call.name!r}. Tools: {known}."
+        text = f"There is no tool {preview(call.name)!r}. Tools: {known}."
         return lambda: refuse_call(self.branch, path, _path_name(call.name), arguments, NotFound(text))
 
     async def _call_agent(self, called: AgentTool, arguments: Any, path: str) -> ToolResult:
@@ -386,7 +428,7 @@ class Conversation:
         row = execution.recorded(path, "tool", digest, asked)
         if row is not None:
             execution.abandoned.append(f"{path}/")
-            return ToolResult.model_validate_json(row.output or await execution.read_payload(row.output_ref))
+            return await recorded_result(execution, row)
         started = execution.services.clock.now()
         result, failure = await self._agent_result(called, arguments, path)
         outcome = Outcome(agent=self.agent.name)
@@ -402,8 +444,11 @@ class Conversation:
             text = called.parameters.parse(arguments)["input"]
             inner = Branch(execution, f"{path}/", task, called.agent.name)
             answer = await Conversation(called.agent, inner, self.deps, None).run(text)
-        except (ArgumentsInvalid, LimitExceeded, GuardrailTripped, InvalidOutput, ModelError) as error:
-            return ToolResult(content=f"{called.name} did not answer: {describe_error(error)}", is_error=True), error
+        except (ConfigError, StoreError, UsageError):
+            raise  # nothing that a model could act on
+        except Exception as error:
+            told = storable(preview(f"{called.name} did not answer: {describe_error(error)}", 20_000))
+            return ToolResult(content=told, is_error=True), error
         return ToolResult(content=cap_output(render_output(answer.output, called.name), 100_000)[0]), None
 
     async def _hand_over(self, call: ToolCall, path: str, target: Agent[Any] | None) -> ToolResult:

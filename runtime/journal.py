@@ -177,17 +177,36 @@ class Journal:
                 self._write([unit])
 
     def _transaction(self, units: Sequence[Unit]) -> None:
+        if any(unit.operation is not None for unit in units):
+            self._transaction_with_operations(units)
+        else:
+            self._transaction_of_rows(units)
+        killpoint("journal.after_commit")
+
+    def _transaction_of_rows(self, units: Sequence[Unit]) -> None:
+        """Steps, starts and ends only: the driver alone, as SQLAlchemy's begin and commit cost as much as the rows."""
+        cursor, database = _cursor(self._connect()), self._store.database
+        database.begin(cursor)
+        try:
+            self._write_rows(cursor, units)
+            killpoint("journal.before_commit")
+            database.commit(cursor)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                database.rollback(cursor)
+            raise
+
+    def _transaction_with_operations(self, units: Sequence[Unit]) -> None:
         connection = self._connect()
         with connection.begin():
-            start = 0
+            cursor, start = _cursor(connection), 0
             for index, unit in enumerate(units):
                 if unit.operation is not None:
-                    self._write_rows(connection, units[start:index])
+                    self._write_rows(cursor, units[start:index])
                     self._operate(connection, unit)
                     start = index + 1
-            self._write_rows(connection, units[start:])
+            self._write_rows(cursor, units[start:])
             killpoint("journal.before_commit")
-        killpoint("journal.after_commit")
 
     def _operate(self, connection: Connection, unit: Unit) -> None:
         """Run an operation. It may be run again, if something else in its transaction fails.
@@ -206,10 +225,9 @@ class Journal:
         unit.error = Fenced(unit.run_id)
         return False
 
-    def _write_rows(self, connection: Connection, units: Sequence[Unit]) -> None:
+    def _write_rows(self, cursor: Any, units: Sequence[Unit]) -> None:
         if not units:
             return
-        cursor = _cursor(connection)
         self._start_runs(cursor, [unit for unit in units if unit.run_row is not None])
         bound = [unit for unit in units if unit.run_row is None]
         if not bound:

@@ -250,9 +250,12 @@ def load_error(text: str) -> Exception:
     """The error that ``dump_error`` stored: the same class where it can be found, else ``StepFailed``."""
     data = json.loads(text)
     cls = _find_class(data["class"])
-    if cls is None:
+    try:
+        error = cls.__new__(cls, *data["args"]) if cls is not None else None
+    except Exception:  # a class that needs more than its arguments, such as an ExceptionGroup
+        error = None
+    if error is None:
         return StepFailed(f"{data['type']}: {data['message']}", error_type=data["class"].replace(":", "."))
-    error = cls.__new__(cls, *data["args"])
     error.args = tuple(data["args"])
     vars(error).update(data["fields"])
     return error
@@ -264,10 +267,9 @@ def settle_error(error: Exception) -> tuple[str, Exception]:
     The original object is kept (with its traceback) wherever its class can be found again.
     """
     text = dump_error(error)
-    cls = type(error)
-    if _find_class(f"{cls.__module__}:{cls.__qualname__}") is cls:
-        return text, error
     replayed = load_error(text)
+    if type(replayed) is type(error):
+        return text, error
     replayed.__cause__ = error
     return text, replayed
 

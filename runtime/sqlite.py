@@ -82,6 +82,18 @@ class SQLite:
             cursor.execute("PRAGMA journal_mode=WAL")
         cursor.close()
 
+    def begin(self, cursor: DBAPICursor) -> None:
+        """Start a writing transaction on the driver's cursor."""
+        cursor.execute("BEGIN IMMEDIATE")
+
+    def commit(self, cursor: DBAPICursor) -> None:
+        """End it; when this returns, it survives."""
+        cursor.execute("COMMIT")
+
+    def rollback(self, cursor: DBAPICursor) -> None:
+        """Undo it."""
+        cursor.execute("ROLLBACK")
+
     def fences(self, cursor: DBAPICursor, run_ids: Iterable[str]) -> dict[str, int]:
         """The current fence of each run. A statement each costs 3 us; a list of any length is not cached."""
         found: dict[str, int] = {}

@@ -235,6 +235,12 @@ class Store:
                 query = query.where(column == value)
         return connection.execute(query.limit(limit)).all()
 
+    def unfinished(self, connection: Connection) -> Sequence[StoredRow]:
+        """Runs that have not ended and are nobody's child, oldest first."""
+        open_statuses = ("queued", "running", "paused", "waiting")
+        query = select(*RUN_BRIEF).where(RUNS.c.status.in_(open_statuses), RUNS.c.parent_id.is_(None))
+        return connection.execute(query.order_by(RUNS.c.created_at, RUNS.c.id)).all()
+
     def usage(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, StoredRow]:
         """Sums over the model calls of each run: ``input_tokens, output_tokens, model_calls, cost_usd``."""
         query = (

@@ -315,6 +315,5 @@ def outlook(store: Store, connection: Connection, run_id: str, now: float) -> Ou
 
 def unfinished(store: Store, connection: Connection) -> Sequence[str]:
     """The ids of runs that have not ended, are nobody's child, and that no live worker holds, oldest first."""
-    rows = [row for row in store.runs(connection, limit=None) if row.status not in FINAL and row.parent_id is None]
     live = {worker.id for worker in store.workers(connection) if not lease.is_gone(worker, lease.lease_clock())}
-    return [row.id for row in reversed(rows) if row.worker_id not in live]
+    return [row.id for row in store.unfinished(connection) if row.worker_id not in live]

@@ -103,6 +103,7 @@ class Worker:
         self._last_orphans = -math.inf
         self._backlog = False
         self._serving = True
+        self._claims = self._looking = False
         self._gone: anyio.Event | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
 
@@ -127,10 +128,17 @@ class Worker:
         """Register, and begin to take up runs (``serve``) or only to execute what is given."""
         self._tasks = tasks
         self.journal.start(Heartbeat(self._lease_seconds / 3, self._beat) if serve else None)
+        self._claims = serve
         if serve:
             await self.journal.do(lambda connection: self.store.insert_worker(connection, self.row))
             self._registered = True
-            tasks.start_soon(self._serve)
+            self._start_looking()
+
+    def _start_looking(self) -> None:
+        """Begin to look at the database; a runtime that executes nothing does so only once somebody waits for a run."""
+        if not self._looking:
+            self._looking = True
+            self.spawn(self._serve)
 
     def _beat(self, connection: Connection) -> None:
         """Renew the lease; a worker that was taken for dead registers again and finds its runs fenced."""
@@ -220,7 +228,7 @@ class Worker:
         if asked:
             statuses = self.store.statuses(connection, asked)
             found.ended = [run_id for run_id, status in statuses.items() if status in FINAL]
-        found.due = self._serving and self._claimer.something_due(connection, now, self._roots(), orphans)
+        found.due = self._serving and self._claims and self._claimer.something_due(connection, now, self._roots(), orphans)
         return found
 
     def _roots(self) -> list[str] | None:
@@ -484,6 +492,7 @@ class Worker:
         """
         awaited = self.awaited.setdefault(run_id, Awaited())
         awaited.waiters += 1
+        self._start_looking()
         try:
             while awaited.ended is None:
                 if awaited.broken is not None:

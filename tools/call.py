@@ -15,26 +15,30 @@ with an intent and without a result may or may not have taken effect: nobody gue
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import anyio
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
+from ridethrough.runtime.backend import current_backend
 from ridethrough.runtime.errors import (
     Error,
     NotStarted,
     OutcomeUnknown,
-    SerializationError,
     ToolFailed,
     ToolInterrupted,
 )
 from ridethrough.runtime.events import EventBase, ToolCallStarted
 from ridethrough.runtime.execution import Branch, Execution, Inside, Outcome, call_digest, call_id, stand
-from ridethrough.runtime.payload import Codec, content_hash, describe_error, digest_of, preview
+from ridethrough.runtime.payload import Codec, content_hash, describe_error, digest_of, preview, storable
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
 from ridethrough.runtime.workflow import backoff
@@ -45,6 +49,9 @@ from ridethrough.tools.tool import Tool, ToolCall
 
 ARTIFACT_LIMIT = 64 * 1024 * 1024
 """Bytes of a tool's output that are kept for reading on."""
+
+LONGEST_MESSAGE = 20_000
+"""Characters of an error's message that are kept."""
 
 
 class ToolResult(BaseModel):
@@ -69,17 +76,20 @@ _VERDICT = Codec(Verdict, "the decision about a call")
 
 
 class Limiters:
-    """Semaphores of one process, for tools with ``concurrency``, and of one turn, for ``sequential`` ones."""
+    """Semaphores of one process, for tools with ``concurrency``, and of one turn, for ``sequential`` ones.
+
+    They belong to the tool itself: two agents may have different tools of one name.
+    """
 
     def __init__(self) -> None:
         """None yet."""
-        self._semaphores: dict[str, anyio.Semaphore] = {}
+        self._semaphores: WeakKeyDictionary[Tool[..., Any], anyio.Semaphore] = WeakKeyDictionary()
 
-    def of(self, name: str, size: int) -> anyio.Semaphore:
+    def of(self, tool: Tool[..., Any], size: int) -> anyio.Semaphore:
         """The semaphore of a tool."""
-        found = self._semaphores.get(name)
+        found = self._semaphores.get(tool)
         if found is None:
-            found = self._semaphores[name] = anyio.Semaphore(size)
+            found = self._semaphores[tool] = anyio.Semaphore(size)
         return found
 
 
@@ -109,7 +119,12 @@ class Request:
 
     def as_call(self, arguments: dict[str, Any]) -> ToolCall:
         """What the user's functions (approval, on_interrupt) are given."""
-        return ToolCall(self.tool.name, arguments, self.call_id, self.run_id, self.agent)
+        return ToolCall(self.tool.name, plain_arguments(arguments), self.call_id, self.run_id, self.agent)
+
+
+def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as JSON data, whatever types the function takes."""
+    return to_jsonable_python(arguments, fallback=str, inf_nan_mode="strings")  # type: ignore[no-any-return]
 
 
 async def call_tool(branch: Branch, request: Request, deps: Any, turn: Limiters, process: Limiters) -> ToolResult:
@@ -119,12 +134,17 @@ async def call_tool(branch: Branch, request: Request, deps: Any, turn: Limiters,
     row = execution.recorded(path, "tool", digest, request.asked)
     if row is not None:
         execution.abandoned.append(f"{path}/")  # its approval stays unread
-        if execution.ending is not None:
-            await execution.halt()
-        text = row.output if row.output_ref is None else await execution.read_payload(row.output_ref)
-        return _RESULT.load(text)  # type: ignore[no-any-return]
+        return await recorded_result(execution, row)
     await execution.before_live(branch, path, "tool", digest)
     return await _Call(branch, request, digest, deps, turn, process).perform()
+
+
+async def recorded_result(execution: Execution, row: Any) -> ToolResult:
+    """The result that stands in the journal (of another call, if the code has changed: then the run stops here)."""
+    if execution.ending is not None:
+        await execution.halt()
+    text = row.output if row.output_ref is None else await execution.read_payload(row.output_ref)
+    return _RESULT.load(text)  # type: ignore[no-any-return]
 
 
 async def refuse_call(
@@ -142,7 +162,7 @@ async def refuse_call(
     digest = digest_of(asked)
     row = execution.recorded(path, "tool", digest, asked)
     if row is not None:
-        return _RESULT.load(row.output)  # type: ignore[no-any-return]
+        return await recorded_result(execution, row)
     await execution.before_live(branch, path, "tool", digest)
     outcome, started = Outcome(agent=branch.agent), execution.services.clock.now()
     result = ToolResult(content=str(error) if error else content, is_error=error is not None)
@@ -174,6 +194,8 @@ class _Call:
 
     async def perform(self) -> ToolResult:
         result, failure = await self._result()
+        if failure is not None:
+            failure = _bounded(failure, result.content)
         await self.execution.record(
             self.request.path,
             self.tool.name,
@@ -196,7 +218,7 @@ class _Call:
                 return refusal, None
             return await self._shown(await self._run(arguments)), None
         except Exception as error:
-            return ToolResult(content=preview(_told(error), self.tool.max_output), is_error=True), error
+            return ToolResult(content=storable(preview(_told(error), self.tool.max_output)), is_error=True), error
 
     def _parse(self) -> dict[str, Any]:
         if self.request.raw_error is not None:
@@ -213,43 +235,43 @@ class _Call:
             wanted = bool(await answer if inspect.isawaitable(answer) else answer)
         if not wanted:
             return None
-        verdict = await self._ask("approval", "approval#1", f"May {self.tool.name} run?")
-        self.started = self.execution.services.clock.now()
+        verdict = await self._ask("approval", "approval#1", self.request.call_id, f"May {self.tool.name} run?")
         if verdict.approved:
             return None
         return ToolResult(
             content=_with_note("A person refused this call; it was not made.", verdict.note), is_error=True
         )
 
-    async def _ask(self, kind: str, name: str, text: str) -> Verdict:
+    async def _ask(self, kind: str, step: str, call_id: str, text: str) -> Verdict:
         arguments = self.request.arguments
         shown = arguments if isinstance(arguments, dict) else {"raw": arguments}
-        question = Question(kind, self.request.call_id, text, shown)
-        found: Verdict = await receive(self.branch, f"{self.request.path}/{name}", question, _VERDICT, None)
+        question = Question(kind, call_id, text, shown)
+        found: Verdict = await receive(self.branch, f"{self.request.path}/{step}", question, _VERDICT, None)
+        self.started = self.execution.services.clock.now()  # a person's time is no working time
         return found
 
     # --- running ----------------------------------------------------------------------------------------------------
 
     async def _run(self, arguments: dict[str, Any]) -> Any:
-        if self.tool.effect == "write":
-            intent = self.execution.intents.get(self.request.path)
-            if intent is not None:
-                settled = await self._interrupted(arguments)
-                if settled is not None:
-                    return settled
-            await self._intend(1 if intent is None else intent.attempt + 1)
-        self._announce_start(arguments)
+        intent = self.execution.intents.get(self.request.path) if self.tool.effect == "write" else None
+        if intent is not None:
+            settled = await self._interrupted(arguments, intent.attempt)
+            if settled is not None:
+                return settled
         async with AsyncExitStack() as limits:
             for semaphore in self._semaphores():
                 await limits.enter_async_context(semaphore)
+            if self.tool.effect == "write":  # not before its turn has come: a crash until then is no interruption
+                await self._intend(1 if intent is None else intent.attempt + 1)
+            self._announce_start(arguments)
             return await self._attempts(arguments)
 
     def _semaphores(self) -> list[anyio.Semaphore]:
         found = []
         if self.tool.sequential:
-            found.append(self.turn.of(self.tool.name, 1))
+            found.append(self.turn.of(self.tool, 1))
         if self.tool.concurrency is not None:
-            found.append(self.process.of(self.tool.name, self.tool.concurrency))
+            found.append(self.process.of(self.tool, self.tool.concurrency))
         return found
 
     async def _intend(self, attempt: int) -> None:
@@ -293,8 +315,12 @@ class _Call:
             return await run_in_thread(lambda: self.tool.function(**kwargs))
         try:
             return await self.tool.function(**kwargs)
-        except SystemExit as error:  # one tool must not end the process of all runs
-            raise ToolFailed(f"{self.tool.name} tried to end the process ({error!r}).") from error
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # one tool must not end the process of all runs
+            if _is_our_cancellation(error):
+                raise
+            raise ToolFailed(f"{self.tool.name} tried to end its task or the process ({error!r}).") from error
 
     def _context(self) -> ToolContext[Any]:
         return ToolContext(
@@ -303,12 +329,12 @@ class _Call:
             idempotency_key=self.request.key,
             deps=self.deps,
             resources=self.execution.services.resources,
-            on_progress=self._progress,
+            on_progress=self._progress_from(),
         )
 
     # --- after a crash ----------------------------------------------------------------------------------------------
 
-    async def _interrupted(self, arguments: dict[str, Any]) -> Any:
+    async def _interrupted(self, arguments: dict[str, Any], attempt: int) -> Any:
         """What is known of a write that had started: its output, or ``None`` if it is safe to start it again.
 
         Raises:
@@ -324,9 +350,13 @@ class _Call:
                 return None
             except OutcomeUnknown:
                 pass
+        # Each interruption is a question of its own, under an id of its own: an answer that was given before (to the
+        # approval, or after an earlier crash) must not start the call again.
+        self.execution.abandoned += [f"{self.request.path}/interrupted#{past}" for past in range(1, attempt)]
         verdict = await self._ask(
             "interrupted",
-            "interrupted#1",
+            f"interrupted#{attempt}",
+            f"{self.request.call_id}-again{attempt}",
             f"{self.tool.name} was interrupted; nobody knows whether it took effect. Approve: start it again. "
             f"Deny: do not; the model is told that the outcome is unknown.",
         )
@@ -343,7 +373,7 @@ class _Call:
                 return _Known(await check(self.request.as_call(arguments)))
         except (NotStarted, OutcomeUnknown):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OutcomeUnknown(f"The check of {self.tool.name} failed: {describe_error(error)}") from error
 
     # --- output and events ------------------------------------------------------------------------------------------
@@ -361,7 +391,7 @@ class _Call:
 
     def _announce_start(self, arguments: dict[str, Any], progress: str | None = None) -> None:
         if self.execution.watchers:
-            shown = json.loads(json.dumps(arguments, default=str))
+            shown = plain_arguments(arguments)
             self.execution.publish(
                 ToolCallStarted(
                     path=self.request.path,
@@ -373,8 +403,17 @@ class _Call:
                 )
             )
 
-    def _progress(self, text: str) -> None:
-        self._announce_start({}, text)
+    def _progress_from(self) -> Callable[[str], None]:
+        """What takes a tool's progress, in the loop or (sync tools) from a thread."""
+        home, call_soon = threading.get_ident(), current_backend().call_soon
+
+        def take(text: str) -> None:
+            if threading.get_ident() == home:
+                self._announce_start({}, text)
+            else:
+                call_soon(self._announce_start, {}, text)
+
+        return take
 
 
 class _Known:
@@ -391,13 +430,42 @@ async def _render(value: Any, tool: str) -> str:
     return render_output(value, tool)
 
 
+def _message(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return f"{type(error).__name__}, whose message cannot be read"
+
+
 def _told(error: Exception) -> str:
     """What the model is told of a failure: enough to act on, nothing of our inside."""
-    if isinstance(error, ArgumentsInvalid | ToolFailed | ToolInterrupted | SerializationError):
-        return str(error)
-    if isinstance(error, TimeoutError | Error):
-        return str(error) or type(error).__name__
-    return f"The tool failed: {describe_error(error)}"
+    text = _message(error)
+    if isinstance(error, Error | TimeoutError):
+        return text or type(error).__name__
+    return f"The tool failed: {type(error).__name__}: {text}" if text else f"The tool failed: {type(error).__name__}"
+
+
+def _bounded(error: Exception, told: str) -> Exception:
+    """The error for the journal: as it is, unless its message is too long for a row or cannot be stored or read."""
+    text = _message(error)
+    fits = len(text) <= LONGEST_MESSAGE and text == storable(text) and len(repr(error.args)) <= 2 * LONGEST_MESSAGE
+    return error if fits else ToolFailed(preview(told, LONGEST_MESSAGE))
+
+
+def _is_our_cancellation(error: BaseException) -> bool:
+    """Whether ``error`` ends the tool because its deadline has passed or the run is unwound.
+
+    asyncio lets any code raise ``CancelledError``: a tool that awaits something cancelled does so without anybody
+    having cancelled the tool. anyio would end the whole runtime for it.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_our_cancellation(each) for each in error.exceptions)
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
+    if not isinstance(error, asyncio.CancelledError):
+        return True
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def _unknown(name: str, note: str | None = None) -> ToolInterrupted:

@@ -31,7 +31,7 @@ PATIENCE = 30.0
 """Seconds after which a test that waits is broken; no test comes near it."""
 
 
-def call(name: str, id: str = "", raw: str | None = None, **arguments: Any) -> ToolCall:
+def call(name: str, /, id: str = "", raw: str | None = None, **arguments: Any) -> ToolCall:
     """A model's wish to call a tool; ``raw`` is what it wrote when that is no JSON object."""
     if raw is not None:
         return ToolCall(id=id or f"{name}-1", name=name, arguments=None, raw=raw, error="the arguments are not JSON")

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import BaseModel, Field
+from tests.agents.support import Gate, Scripted, call, finished, open_runtime, results_of, said
 
 from ridethrough import (
     Agent,
@@ -36,7 +37,6 @@ from ridethrough.runtime.router.messages import (
     ToolMessage,
     UserMessage,
 )
-from tests.agents.support import Gate, Scripted, call, finished, open_runtime, results_of, said
 
 pytestmark = pytest.mark.anyio
 
@@ -170,14 +170,16 @@ async def test_answers_that_are_none(tmp_path: Path, response: Any, error: type[
 
 
 async def test_a_refusal_is_no_structured_output(tmp_path: Path) -> None:
-    refused = said(finish="refusal").model_copy(
-        update={"message": AssistantMessage(content="", refusal="I will not.")}
-    )
+    refused = said(finish="refusal").model_copy(update={"message": AssistantMessage(content="", refusal="I will not.")})
     model = Scripted(refused)
     async with open_runtime(tmp_path):
         with pytest.raises(RunFailed, match="I will not") as caught:
             await Agent("finder", model=model, output=Finding).run("look")
     assert caught.value.error_type == "InvalidOutput"
+
+
+def call_ids(messages: Sequence[Any]) -> list[str]:
+    return [one.id for message in messages if isinstance(message, AssistantMessage) for one in message.tool_calls]
 
 
 # --- tool calls of one turn -----------------------------------------------------------------------------------------
@@ -268,11 +270,11 @@ async def test_wrong_calls_are_told_to_the_model(tmp_path: Path, asked: ToolCall
 
 async def test_repeated_and_empty_call_ids(tmp_path: Path) -> None:
     turn = [call("echo", id="call_1", text="a"), call("echo", id="call_1", text="b")]
-    empty = [ToolCall(id="", name="echo", arguments={"text": "c"}), ToolCall(id="", name="echo", arguments={"text": "d"})]
+    empty = [ToolCall(id="", name="echo", arguments={"text": text}) for text in "cd"]
     model = Scripted(turn, turn, empty, "done")
     async with open_runtime(tmp_path):
         result = await Agent("ids", model=model, tools=[echo]).run("go")
-    asked = [one.id for message in result.messages if isinstance(message, AssistantMessage) for one in message.tool_calls]
+    asked = call_ids(result.messages)
     answered = [message.tool_call_id for message in result.messages if isinstance(message, ToolMessage)]
     assert asked == answered
     assert len(set(asked)) == 6
@@ -290,7 +292,7 @@ async def test_a_call_id_of_the_given_conversation_is_not_used_again(tmp_path: P
     model = Scripted("never", call("echo", id="call_1", text="y"), "done")
     async with open_runtime(tmp_path):
         result = await Agent("ids", model=model, tools=[echo]).run(given)
-    asked = [one.id for message in result.messages if isinstance(message, AssistantMessage) for one in message.tool_calls]
+    asked = call_ids(result.messages)
     assert len(set(asked)) == 2
 
 
@@ -497,7 +499,8 @@ async def test_the_same_agent_in_many_branches(tmp_path: Path) -> None:
 
     @workflow(name="chorus")
     async def chorus() -> list[str]:
-        return [result.output for result in await gather(*(agent.run(f"voice {index}") for index in range(20)), limit=7)]
+        results = await gather(*(agent.run(f"voice {index}") for index in range(20)), limit=7)
+        return [result.output for result in results]
 
     async with open_runtime(tmp_path) as runtime:
         run = await runtime.start(chorus, id="c")
