@@ -96,7 +96,9 @@ def load_target(target: str, cwd: str | None = None) -> Any:
         )
     module = load_module(module_name, cwd)
     if not hasattr(module, attribute):
-        names = [key for key, item in vars(module).items() if hasattr(item, "__workflow__")]
+        names = [
+            key for key, item in vars(module).items() if hasattr(item, "__workflow__") and not isinstance(item, type)
+        ]
         known = ", ".join(names) or "none"
         raise NotFound(f"Module {module_name} has no {attribute!r}. Workflows and agents there: {known}.")
     return getattr(module, attribute)

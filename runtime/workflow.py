@@ -151,7 +151,7 @@ class Workflow(Generic[P, R]):
         Raises:
             SerializationError: it does not fit; the message names the parameter.
         """
-        if not isinstance(data, dict) or (len(self.codecs) == 1 and not set(data) <= set(self.codecs) and data):
+        if not isinstance(data, dict):
             needed = [name for name, item in self._parameters.items() if item.default is item.empty]
             if len(needed) > 1 or not self.codecs:
                 names = ", ".join(self.codecs) or "none"
