@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, cast, overload
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
@@ -304,9 +304,19 @@ class Agent(Generic[OutT]):
                 if id(agent) not in reached:
                     reached[id(agent)] = agent
                     todo.append(agent)
-        output: Any = Union[tuple(agent.output for agent in reached.values())]  # noqa: UP007 - made at run time
-        result: Any = AgentResult
-        return Codec(result[output], f"the result of agent {self.name}")
+        where, result = f"the result of agent {self.name}", cast(Any, AgentResult)
+        codecs = {agent.name: Codec(result[agent.output], where) for agent in reached.values()}
+        if len(codecs) == 1:
+            return codecs[self.name]
+
+        # The agent that answered tells the type: two types may have the same fields.
+        def pack(value: AgentResult[Any]) -> Any:
+            return json.loads(codecs[value.agent].dump(value))
+
+        def unpack(data: Any) -> Any:
+            return codecs[data["agent"]].accept(data)
+
+        return Codec(Annotated[Any, PlainSerializer(pack), PlainValidator(unpack)], where)
 
     async def run(self, input: AgentInput, deps: Any = None, session: str | None = None) -> AgentResult[OutT]:
         """Run the agent: as part of the run of the workflow that calls, else as a run of its own on the open runtime.

@@ -237,8 +237,9 @@ class Follow:
         """
         run = await runtime.describe(run_id)
         steps = len(run.steps or ())
-        self.positions[run_id] = await runtime.store.read(lambda connection: runtime.store.last_seq(connection, run_id))
+        position = await runtime.store.read(lambda connection: runtime.store.last_seq(connection, run_id))
         await self._resume(runtime, run)
+        self.positions[run_id] = position
         self.display.begin(run, steps)
 
     async def _resume(self, runtime: Runtime, run: views.RunView) -> None:

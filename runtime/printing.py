@@ -137,8 +137,9 @@ def describe_wait(wait: WaitView) -> str:
 
 
 def _call(wait: WaitView) -> str:
-    name = wait.path.rpartition("/")[2].partition("#")[0]
-    return f"{name}({shortened(wait.arguments or {}, 80)})"
+    """The call that a person decides about: its wait is the last part of the path, the tool the one before."""
+    tool = wait.path.rpartition("/")[0].rpartition("/")[2] or wait.path
+    return f"{tool.partition('#')[0]}({shortened(wait.arguments or {}, 80)})"
 
 
 def answers(blocker: Blocker, options: Options) -> Iterator[str]:

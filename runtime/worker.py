@@ -22,7 +22,7 @@ from ridethrough.runtime import control, lease, payload
 from ridethrough.runtime.backend import Backend
 from ridethrough.runtime.clock import Clock
 from ridethrough.runtime.control import Claim, Claimer
-from ridethrough.runtime.errors import Error, NotFound, RunCancelled, StoreError
+from ridethrough.runtime.errors import Diverged, Error, NotFound, RunCancelled, SerializationError, StoreError
 from ridethrough.runtime.events import EventBase, RunFinished, RunPaused, RunStarted
 from ridethrough.runtime.execution import SIGNALLED, Branch, Execution, Launcher, RunInfo, stand
 from ridethrough.runtime.journal import Fenced, Heartbeat, Journal, Unit
@@ -388,8 +388,9 @@ class Worker:
         execution.code_names = workflow.code_names
         if execution.watchers and not execution.info.recoveries and not execution.replay:
             execution.publish(RunStarted(run_id=row.id, at=self.clock.now(), workflow=row.workflow))
+        arguments = self._arguments(execution, workflow, text)
         with stand(Branch(execution, "", self.current_task())):
-            value = await workflow.function(**workflow.load_input(text))
+            value = await workflow.function(**arguments)
         left = execution.unvisited()
         if left is not None and execution.ending is None:
             execution.diverge(
@@ -398,6 +399,25 @@ class Worker:
                 "nothing of that name: it was renamed or removed",
             )
         return Ended("done", result=workflow.result_codec.settle(value)[0])
+
+    def _arguments(self, execution: Execution, workflow: Workflow[..., Any], text: str) -> dict[str, Any]:
+        """The stored input as arguments.
+
+        Raises:
+            Diverged: the function takes others now; unlike a failure of the work this can be mended and resumed.
+        """
+        try:
+            arguments = workflow.load_input(text)
+            workflow.signature.bind(**arguments)
+        except (SerializationError, TypeError) as error:
+            asked = f"{workflow.name}{workflow.signature}"
+            raise Diverged(
+                f"Run {execution.run_id} cannot go on: its input {payload.preview(text)} does not fit {asked} any more "
+                f"({error}). Nothing is lost. Put the parameters back (new ones need defaults) and resume.",
+                recorded=payload.preview(text),
+                asked=asked,
+            ) from error
+        return arguments
 
     async def _finish(self, execution: Execution, ended: Ended) -> None:
         """Put the end of a run on disk and tell those who wait."""

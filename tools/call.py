@@ -447,8 +447,11 @@ def _told(error: Exception) -> str:
 
 def _bounded(error: Exception, told: str) -> Exception:
     """The error for the journal: as it is, unless its message is too long for a row or cannot be stored or read."""
-    text = _message(error)
-    fits = len(text) <= LONGEST_MESSAGE and text == storable(text) and len(repr(error.args)) <= 2 * LONGEST_MESSAGE
+    try:
+        text = str(error)
+        fits = len(text) <= LONGEST_MESSAGE and text == storable(text) and len(repr(error.args)) <= 2 * LONGEST_MESSAGE
+    except Exception:
+        fits = False
     return error if fits else ToolFailed(preview(told, LONGEST_MESSAGE))
 
 
