@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 from ridethrough.runtime.errors import ConfigError
 
-Check = Callable[[Any, Any], "str | None | Awaitable[str | None]"]
+Check = Callable[[Any, Any], "str | Awaitable[str | None] | None"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -333,8 +333,8 @@ class Conversation:
                 raise self._exceeded(name, allowed)
         if limits.usd is not None and not self.priced:
             raise LimitExceeded(
-                f"Agent {self.agent.name} has a limit of {limits.usd} USD, but the price of its model is not known. Set "
-                f"models.NAME.price in the configuration, or take the limit off.",
+                f"Agent {self.agent.name} has a limit of {limits.usd} USD, but the price of its model is not known. "
+                f"Set models.NAME.price in the configuration, or take the limit off.",
                 "usd",
                 limits.usd,
             )
@@ -500,7 +500,8 @@ class Conversation:
             raise ContentFilter(f"The answer to agent {self.agent.name} was withheld by the provider's content filter.")
         if response.finish == "length":
             raise InvalidOutput(
-                f"The answer of agent {self.agent.name} was cut off at its output limit. Raise max_tokens or ask for less."
+                f"The answer of agent {self.agent.name} was cut off at its output limit. Raise max_tokens or ask "
+                f"for less."
             )
         text = response.text or response.message.refusal or ""
         try:

@@ -291,6 +291,8 @@ class Claimer:
         would then look like one that this worker had lost, and run twice.
         """
         self._mine = mine
+        self.accepted: set[str] = set()
+        """Roots that somebody resumed by name: their runs are taken whatever the version of their workflow."""
         self._store = store
         self._worker_id = worker_id
         self._known = known
@@ -308,7 +310,7 @@ class Claimer:
         always: str | None = None,
     ) -> list[Claim]:
         """Take up to ``limit`` runs: orphans first, then what is due. ``always`` is a run that is taken whatever its version."""
-        rows = self._orphans(connection, roots, always)[:limit]
+        rows = self._orphans(connection, roots)[:limit]
         rows += self._due(connection, now, limit - len(rows), roots) if limit > len(rows) else []
         if always is not None and always not in {row.id for row in rows}:
             row = self._store.run(connection, always)
@@ -326,19 +328,18 @@ class Claimer:
     def _due(self, connection: Connection, now: float, limit: int, roots: Sequence[str] | None) -> list[StoredRow]:
         """Runs whose time has come; not those that this worker has parked but not yet let go of."""
         known = self._known()
-        rows = self._store.due(connection, now, known, limit, roots) if known else []
+        accepted = list(self.accepted)
+        rows = self._store.due(connection, now, known, limit, roots, accepted) if known or accepted else []
         return [row for row in rows if row.id not in self._mine]
 
-    def _orphans(
-        self, connection: Connection, roots: Sequence[str] | None, always: str | None = None
-    ) -> list[StoredRow]:
+    def _orphans(self, connection: Connection, roots: Sequence[str] | None) -> list[StoredRow]:
         """Runs of dead workers, and of this one that it does not execute (their last write had failed)."""
         known, live = self._known(), self._live(connection)
         return [
             row
             for row in self._store.held_by_none_of(connection, live)
             if row.id not in self._mine
-            and (row.id == always or known.get(row.workflow) == row.version)
+            and (row.root_id in self.accepted or known.get(row.workflow) == row.version)
             and (roots is None or row.root_id in roots)
         ]
 

@@ -6,10 +6,8 @@ process at any moment, and the rows are what they all agree on. The events are f
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import secrets
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +31,7 @@ from ridethrough.runtime.errors import (
 )
 from ridethrough.runtime.options import FAILED, INTERRUPTED, OK, PARKED, USAGE, Options, put, say
 from ridethrough.runtime.printing import answers, plain, summary, when
-from ridethrough.runtime.runtime import GRACE_SECONDS, Runtime
+from ridethrough.runtime.runtime import GRACE_SECONDS, Runtime, new_id
 from ridethrough.runtime.source import load_target
 from ridethrough.runtime.store import Store
 from ridethrough.runtime.tables import FINAL
@@ -110,7 +108,7 @@ class Start:
             )
         self.workflow = workflow
         if not self._named:
-            self.id = fresh_id(self.workflow.name)
+            self.id = new_id(self.workflow.name)
 
     def give(self, data: Any) -> None:
         """The input that was given."""
@@ -195,12 +193,6 @@ class TakeUp:
                 if not self.several:
                     raise
                 follow.refused(run_id, error)
-
-
-def fresh_id(name: str) -> str:
-    """An id that sorts by time, as ``Runtime.start`` makes them; it has to be known before the runtime is opened."""
-    stamp = int(time.time() * 1000).to_bytes(6, "big")[1:] + secrets.token_bytes(3)
-    return f"{name.replace(':', '-')}-{base64.b32hexencode(stamp).decode().rstrip('=').lower()}"
 
 
 def _short(value: Any) -> str:

@@ -106,6 +106,8 @@ class Codec:
             ) from error
 
     def _dump_plain(self, value: Any) -> str:
+        if self._exact is float and type(value) is int:
+            value = float(value)  # every type checker lets an int stand for a float
         if self._exact is not None and not isinstance(value, self._exact):
             raise SerializationError(
                 f"{self._where} is annotated as {self._exact.__name__} but is a {type(value).__name__}. "

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from contextvars import Token
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import anyio
 from sqlalchemy import Connection
@@ -57,9 +57,15 @@ class Run(Generic[T]):
         """
         return await self._runtime.describe(self.id, steps=False)
 
-    async def status(self) -> str:
-        """``queued, running, paused, waiting, done, failed`` or ``cancelled``, as the database has it now."""
-        return (await self.view()).status
+    @property
+    def status(self) -> str:
+        """``queued, running, paused, waiting, done, failed`` or ``cancelled``, as the database has it now.
+
+        Raises:
+            NotFound: it is gone.
+        """
+        store = self._runtime.store
+        return str(store.read_now(lambda connection: control.require(store, connection, self.id)).status)
 
     async def result(self) -> T:
         """Wait for the end, in this process or any other, and return the result.
@@ -266,7 +272,7 @@ class Runtime(Launcher):
             )
         definition = _definition(workflow)
         text = definition.bind(args, kwargs)
-        run_id = id if id is not None else _new_id(definition.name)
+        run_id = id if id is not None else new_id(definition.name)
         _check_id(run_id)
         self.worker.local.setdefault(definition.name, definition)
         now = self.clock.now()
@@ -304,8 +310,8 @@ class Runtime(Launcher):
         cancelled in between, it is no longer, so that the claimer does take it.
         """
         mine = self.worker.mine
-        if run_id in mine:
-            return False
+        if run_id in mine:  # another task is just starting it: the journal decides who was first
+            return await self._insert(run_id, values, text)
         mine.add(run_id)
         launched = False
         try:
@@ -439,7 +445,11 @@ class Runtime(Launcher):
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
-    async def resume(self, run_id: str | None = None) -> Sequence[Run[Any]]:
+    @overload
+    async def resume(self, run_id: str) -> Run[Any]: ...
+    @overload
+    async def resume(self, run_id: None = None) -> Sequence[Run[Any]]: ...
+    async def resume(self, run_id: str | None = None) -> Run[Any] | Sequence[Run[Any]]:
         """Take up a run that crashed or is parked; without an id, every unfinished one that nobody holds.
 
         Raises:
@@ -449,17 +459,16 @@ class Runtime(Launcher):
         """
         if run_id is None:
             ids = await self.store.read(lambda connection: views.unfinished(self.store, connection))
-            return [run for item in ids for run in await self.resume(item)]
+            return [await self.resume(item) for item in ids]
         me, now = self.worker.worker_id, self.clock.now()
         row = await self.store.read(lambda connection: control.require(self.store, connection, run_id))
         workflow = self.worker.workflow(row)
         await self.worker.journal.do(lambda connection: control.resume(self.store, connection, run_id, now, me))
         self.worker.local.setdefault(row.workflow, workflow)
-        if self.worker.roots is not None:
-            self.worker.roots.add(row.root_id)
-        if run_id not in self.worker.resident:
+        self.worker.accept(row.root_id)
+        if self._serve and run_id not in self.worker.resident:
             await self.worker.take(run_id)
-        return [Run(self, run_id, workflow)]
+        return Run(self, run_id, workflow)
 
     async def cancel(self, run_id: str) -> str:
         """Cancel a run and its children; its status now (``running`` until its worker has obeyed).
@@ -505,10 +514,10 @@ class Runtime(Launcher):
         Raises:
             NotFound: there is no such run or step.
         """
-        new_id = id or f"{run_id}-fork-{secrets.token_hex(3)}"
-        _check_id(new_id)
-        await self._change(lambda connection, now: control.fork(self.store, connection, run_id, at, new_id, now))
-        return await self.get(new_id)
+        fork_id = id or f"{run_id}-fork-{secrets.token_hex(3)}"
+        _check_id(fork_id)
+        await self._change(lambda connection, now: control.fork(self.store, connection, run_id, at, fork_id, now))
+        return await self.get(fork_id)
 
     async def _change(self, operation: Callable[[Connection, float], T]) -> T:
         now = self.clock.now()
@@ -526,8 +535,8 @@ def _definition(workflow: Any) -> Workflow[..., Any]:
     return definition
 
 
-def _new_id(name: str) -> str:
-    """A fresh id that sorts by time: the workflow's name and 13 letters."""
+def new_id(name: str) -> str:
+    """A fresh run id that sorts by time: the workflow's name and 13 letters."""
     stamp = int(time.time() * 1000).to_bytes(6, "big")[1:] + secrets.token_bytes(3)
     return f"{name.replace(':', '-')}-{base64.b32hexencode(stamp).decode().rstrip('=').lower()}"
 

@@ -13,7 +13,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio.to_thread
-from sqlalchemy import Connection, Row, Table, and_, bindparam, delete, func, insert, inspect, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Row,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -251,7 +265,7 @@ class Store:
                 func.count().label("model_calls"),
                 func.coalesce(func.sum(STEPS.c.cost_usd), 0.0).label("cost_usd"),
             )
-            .where(STEPS.c.run_id.in_(run_ids), STEPS.c.kind == "model")
+            .where(STEPS.c.run_id.in_(run_ids), STEPS.c.kind == "model", STEPS.c.attempts > 0)
             .group_by(STEPS.c.run_id)
         )
         return {row.run_id: row for row in connection.execute(query)}
@@ -282,13 +296,22 @@ class Store:
     # --- claiming ---------------------------------------------------------------------------------------------------
 
     def due(
-        self, connection: Connection, now: float, workflows: Mapping[str, str], limit: int, roots: Sequence[str] | None
+        self,
+        connection: Connection,
+        now: float,
+        workflows: Mapping[str, str],
+        limit: int,
+        roots: Sequence[str] | None,
+        accepted: Sequence[str],
     ) -> Sequence[StoredRow]:
-        """Parked and queued runs whose time has come, the most urgent first; of these roots only, if they are given."""
+        """Parked and queued runs whose time has come, the most urgent first; of these ``roots`` only, if they are given.
+
+        Runs of ``workflows`` (name, version), and those of the ``accepted`` roots whatever their version.
+        """
         known = [and_(RUNS.c.workflow == name, RUNS.c.version == version) for name, version in workflows.items()]
         query = (
             select(RUNS)
-            .where(RUNS.c.wake_at <= now, or_(*known))
+            .where(RUNS.c.wake_at <= now, or_(*known, RUNS.c.root_id.in_(accepted)))
             .order_by(RUNS.c.priority.desc(), RUNS.c.wake_at, RUNS.c.id)
             .limit(limit)
         )
@@ -468,11 +491,13 @@ class Store:
     # --- fork and retention -----------------------------------------------------------------------------------------
 
     def copy_journal(self, connection: Connection, source: str, target: str, before: int) -> None:
-        """Give ``target`` the steps of ``source`` with a position below ``before``."""
+        """Give ``target`` the steps of ``source`` with a position below ``before``.
+
+        They were paid for there: in the copy they have no cost, no tokens and no attempts.
+        """
         columns = [column.name for column in STEPS.columns]
-        values = [
-            bindparam("target", target).label("run_id") if name == "run_id" else STEPS.c[name] for name in columns
-        ]
+        fresh = {"run_id": target, "attempts": 0, "cost_usd": 0.0, "input_tokens": 0, "output_tokens": 0}
+        values = [literal(fresh[name]).label(name) if name in fresh else STEPS.c[name] for name in columns]
         query = select(*values).where(STEPS.c.run_id == source, STEPS.c.seq < before)
         connection.execute(insert(STEPS).from_select(columns, query))
 

@@ -51,6 +51,8 @@ class Question:
     name: str
     text: str | None = None
     arguments: dict[str, Any] | None = None
+    tool: str | None = None
+    """The tool whose call is decided on."""
 
 
 async def receive(branch: Branch, path: str, question: Question, codec: Codec, timeout: float | None) -> Any:
@@ -89,7 +91,7 @@ async def _announce(
     """Put the wait on record, and tell people if it is they who are awaited."""
     event = ApprovalRequested(
         path=path,
-        name=path.removesuffix("/approval#1").rpartition("/")[2].partition("#")[0],
+        name=question.tool or path.rpartition("/")[2].partition("#")[0],
         call_id=question.name,
         question=question.text or "",
         arguments=question.arguments or {},

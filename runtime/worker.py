@@ -228,7 +228,9 @@ class Worker:
         if asked:
             statuses = self.store.statuses(connection, asked)
             found.ended = [run_id for run_id, status in statuses.items() if status in FINAL]
-        found.due = self._serving and self._claims and self._claimer.something_due(connection, now, self._roots(), orphans)
+        found.due = (
+            self._serving and self._claims and self._claimer.something_due(connection, now, self._roots(), orphans)
+        )
         return found
 
     def _roots(self) -> list[str] | None:
@@ -302,6 +304,12 @@ class Worker:
         if row.input_ref is None:
             return row.input or "{}"
         return (self.store.payload(connection, row.input_ref) or b"{}").decode("utf-8", "surrogatepass")
+
+    def accept(self, root_id: str) -> None:
+        """Execute the runs of this root, whatever the version of their workflows: somebody has resumed it by name."""
+        self._claimer.accepted.add(root_id)
+        if self.roots is not None:
+            self.roots.add(root_id)
 
     async def take(self, run_id: str) -> None:
         """Claim one run now, whatever else is due. A process that only looks leaves it to those that execute."""
@@ -386,7 +394,7 @@ class Worker:
     async def _execute(self, execution: Execution, row: Any, text: str) -> Ended:
         workflow = self.workflow(row)
         execution.code_names = workflow.code_names
-        if execution.watchers and not execution.info.recoveries and not execution.replay:
+        if execution.watchers and not execution.seq:
             execution.publish(RunStarted(run_id=row.id, at=self.clock.now(), workflow=row.workflow))
         arguments = self._arguments(execution, workflow, text)
         with stand(Branch(execution, "", self.current_task())):

@@ -106,7 +106,7 @@ class Request:
         branch: Branch,
         raw_error: str | None = None,
     ) -> None:
-        """``arguments`` as the model gave them; ``raw_error`` says what is wrong with them if they are no JSON object."""
+        """``arguments`` as the model gave them; ``raw_error`` says what is wrong if they are no JSON object."""
         self.tool = tool
         self.path = path
         self.arguments = arguments
@@ -156,7 +156,7 @@ async def refuse_call(
     content: str = "",
     event: EventBase | None = None,
 ) -> ToolResult:
-    """Record a call that runs nothing: one that cannot be made (``error``), or a handoff (``content`` and its event)."""
+    """Record a call that runs nothing: one that cannot be made (``error``), or a handoff (``content``, ``event``)."""
     execution = branch.execution
     asked = json.dumps(arguments, sort_keys=True, ensure_ascii=False, default=str)
     digest = digest_of(asked)
@@ -245,7 +245,7 @@ class _Call:
     async def _ask(self, kind: str, step: str, call_id: str, text: str) -> Verdict:
         arguments = self.request.arguments
         shown = arguments if isinstance(arguments, dict) else {"raw": arguments}
-        question = Question(kind, call_id, text, shown)
+        question = Question(kind, call_id, text, shown, self.tool.name)
         found: Verdict = await receive(self.branch, f"{self.request.path}/{step}", question, _VERDICT, None)
         self.started = self.execution.services.clock.now()  # a person's time is no working time
         return found

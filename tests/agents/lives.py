@@ -9,7 +9,9 @@ process, which has imported everything and holds no thread and no connection.
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import anyio
@@ -65,7 +67,7 @@ async def office(name: str) -> list[str]:
 async def live(database: str, url: str, run_id: str) -> None:
     """Start or take up the run and see it through."""
     config = parse_config(
-        f'[providers.p]\nkind = "openai"\nbase_url = "{url}"\n'
+        f'durability = "process"\n[providers.p]\nkind = "openai"\nbase_url = "{url}"\n'
         '[models.m]\nprovider = "p"\nmodel = "sim"\nprice = { input = 1, output = 1 }\n[routes.r]\nmodels = ["m"]\n'
     )
     async with Runtime.open(database, config=config) as runtime:
@@ -92,6 +94,16 @@ def fork(database: str, url: str, run_id: str, kill_at: str) -> bool:
     return os.WIFEXITED(waited)
 
 
+def kept(database: str, run_id: str) -> list[str]:
+    """The model calls of a run that are on disk."""
+    with closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as connection:
+        query = "SELECT path FROM steps WHERE run_id = ? AND kind = 'model'"
+        try:
+            return [path for (path,) in connection.execute(query, (run_id,))]
+        except sqlite3.OperationalError:  # killed before the tables were there
+            return []
+
+
 def main() -> None:
     """Kill at every point of every kind, until a life reaches its end before it comes to the point."""
     global ledger
@@ -100,6 +112,7 @@ def main() -> None:
     for point in ("journal.before_commit", "journal.after_commit", "step.before_call", "step.after_call"):
         count = 1
         while not fork(database, url, f"{point}-{count}", f"{point}:{count}"):
+            ledger.write("kept", run=f"{point}-{count}", paths=kept(database, f"{point}-{count}"))
             if not fork(database, url, f"{point}-{count}", ""):
                 sys.exit(f"run {point}-{count} was killed without being told to")
             count += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,21 @@ def provider_config(url: str, *, route: str = "", model: str = "", durability: s
     )
 
 
+async def events_of(run: Run[Any]) -> AsyncGenerator[Event]:
+    """The run's events, as something that can be closed before its end."""
+    events = run.events()
+    try:
+        async for event in events:
+            yield event
+    finally:
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
+
+
 async def parked(run: Run[Any]) -> RunView:
     """The run once it is parked."""
     with anyio.fail_after(PATIENCE):
-        async with aclosing(run.events()) as events:
+        async with aclosing(events_of(run)) as events:
             async for event in events:
                 if event.type == "run_paused" and (view := await run.view()).status in ("paused", "waiting"):
                     return view
@@ -143,7 +154,7 @@ async def asked(run: Run[Any], count: int = 1) -> list[ApprovalRequested]:
     """The first requests of a run for a person's decision."""
     found: list[ApprovalRequested] = []
     with anyio.fail_after(PATIENCE):
-        async with aclosing(run.events()) as events:
+        async with aclosing(events_of(run)) as events:
             async for event in events:
                 if isinstance(event, ApprovalRequested):
                     found.append(event)

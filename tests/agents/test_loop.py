@@ -30,6 +30,7 @@ from ridethrough.agents.guardrail import guardrail
 from ridethrough.runtime.router.messages import (
     AssistantMessage,
     ImagePart,
+    Message,
     ModelRequest,
     SystemMessage,
     TextPart,
@@ -283,7 +284,7 @@ async def test_repeated_and_empty_call_ids(tmp_path: Path) -> None:
 
 
 async def test_a_call_id_of_the_given_conversation_is_not_used_again(tmp_path: Path) -> None:
-    given = [
+    given: list[Message] = [
         UserMessage(content="before"),
         AssistantMessage(tool_calls=(call("echo", id="call_1", text="x"),)),
         ToolMessage(tool_call_id="call_1", name="echo", content="x"),
@@ -351,10 +352,13 @@ async def test_a_model_that_raises_fails_the_run_with_its_error(tmp_path: Path) 
 # --- input and instructions -----------------------------------------------------------------------------------------
 
 
+CAT = ImagePart(url="https://images.example/a.png", data=None)
+
+
 @pytest.mark.parametrize(
     "given",
     [
-        [TextPart(text="what is this?"), ImagePart(url="https://images.example/a.png")],
+        [TextPart(text="what is this?"), CAT],
         [{"type": "text", "text": "what is this?"}, {"type": "image", "url": "https://images.example/a.png"}],
     ],
 )
@@ -363,13 +367,17 @@ async def test_images(tmp_path: Path, given: Sequence[Any]) -> None:
     async with open_runtime(tmp_path):
         result = await Agent("eye", model=model).run(given)
     content = model.requests[0].messages[-1].content
-    assert content == (TextPart(text="what is this?"), ImagePart(url="https://images.example/a.png"))
+    assert content == (TextPart(text="what is this?"), CAT)
     assert result.messages[0].content == content
 
 
 async def test_a_conversation_as_input(tmp_path: Path) -> None:
     model = Scripted("unused", "second")
-    given = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, UserMessage(content="three")]
+    given: list[Any] = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        UserMessage(content="three"),
+    ]
     async with open_runtime(tmp_path):
         result = await Agent("long", model=model).run(given)
     assert [message.text for message in result.messages] == ["one", "two", "three", "second"]

@@ -323,7 +323,7 @@ async def test_a_crash_between_two_runs_of_a_session_in_one_workflow(tmp_path: P
 
     object.__setattr__(hold, "function", pass_on)
     async with open_runtime(tmp_path) as runtime:
-        messages = await finished((await runtime.resume("t"))[0])
+        messages = await finished(await runtime.resume("t"))
         after = Scripted(then="x")
         await Agent("other-friend", model=after).run("third", session="s")
     assert messages == ["answer 3"]
@@ -378,11 +378,15 @@ async def test_deps_on_the_way_through_a_run_and_a_new_process(tmp_path: Path, d
         seen.append(ctx.deps)
         return "seen"
 
+    def look_first(context: RunContext) -> str:
+        seen.append(context.deps)
+        return "Look."
+
     agent = Agent(
         "deps",
         model=Scripted(call("look"), call("look_later"), "done"),
         tools=[look, look_later],
-        instructions=lambda context: f"{seen.append(context.deps)}",
+        instructions=look_first,
     )
     async with open_runtime(tmp_path) as runtime:
         run = await runtime.start(agent, "go", deps=deps, id="d")

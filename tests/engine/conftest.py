@@ -73,7 +73,7 @@ def reaches(eventually: Any) -> Callable[[Any, str], Awaitable[None]]:
 
     async def wait(run: Any, status: str) -> None:
         async def is_there() -> bool:
-            return bool(await run.status() == status)
+            return bool(run.status == status)
 
         await eventually(is_there)
 

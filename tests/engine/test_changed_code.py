@@ -222,7 +222,7 @@ async def test_changed_parameters(open_runtime: Any, reaches: Any, change: str) 
             await (await runtime.get("r")).result()
     workflow(name="changing")(before)
     async with open_runtime() as runtime:
-        [run] = await runtime.resume("r")
+        run = await runtime.resume("r")
         await run.result()
 
 
@@ -238,9 +238,9 @@ async def test_code_that_is_put_back(lives: Any, open_runtime: Any) -> None:
         await lives(original, changed)
     workflow(name="changing")(original)
     async with open_runtime() as runtime:
-        [run] = await runtime.resume("r")
+        run = await runtime.resume("r")
         assert await run.result() == [1, 2]
-        assert await run.status() == "done"
+        assert run.status == "done"
     assert calls == []
 
 
@@ -276,6 +276,6 @@ async def test_a_new_version_leaves_stored_runs_alone(open_runtime: Any, reaches
         other = await runtime.start(workflow(name="other")(original), id="other")
         await runtime.signal("other", "go", None)
         await other.result()  # the worker has looked at the database meanwhile
-        assert await (await runtime.get("r")).status() == "waiting"
-        [run] = await runtime.resume("r")
+        assert (await runtime.get("r")).status == "waiting"
+        run = await runtime.resume("r")
         assert await run.result() == [1, 2]

@@ -39,7 +39,7 @@ def no_calls() -> None:
 class Gated:
     """A workflow of two steps; the first one runs until it is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "gated") -> None:
         self.entered, self.gate = anyio.Event(), anyio.Event()
 
         @step
@@ -54,7 +54,7 @@ class Gated:
             calls.append("second")
             return "b"
 
-        @workflow(name="gated")
+        @workflow(name=name)
         async def gated() -> str:
             return await first() + await second()
 
@@ -65,6 +65,13 @@ class Gated:
 async def waiting(text: str = "") -> str:
     """Wait for one signal."""
     return text + await wait_for("go", str)
+
+
+async def held(execution: Any) -> None:
+    """Wait until the worker knows that it is to start no new step."""
+    with anyio.fail_after(20):
+        while execution.holding is None:
+            await anyio.sleep(0.005)
 
 
 class TestStart:
@@ -188,6 +195,7 @@ class TestPause:
             run = await runtime.start(gated.workflow)
             await gated.entered.wait()
             assert await runtime.pause(run.id) == "running"
+            await held(runtime.worker.resident[run.id])
             gated.gate.set()
             await reaches(run, "paused")
             assert calls == ["first"]
@@ -206,8 +214,8 @@ class TestPause:
             other = await runtime.start(waiting, "other", id="other")
             await runtime.signal("other", "go", "!")
             await other.result()
-            assert await (await runtime.get("r")).status() == "paused"
-            [run] = await runtime.resume("r")
+            assert (await runtime.get("r")).status == "paused"
+            run = await runtime.resume("r")
             assert await run.result() == "xy"
 
     async def test_resumed_before_it_had_stopped(self, open_runtime: Any) -> None:
@@ -218,9 +226,7 @@ class TestPause:
             await gated.entered.wait()
             await runtime.pause(run.id)
             execution = runtime.worker.resident[run.id]
-            with anyio.fail_after(20):
-                while execution.holding is None:
-                    await anyio.sleep(0.005)
+            await held(execution)
             await runtime.resume(run.id)
             gated.gate.set()
             with anyio.fail_after(20):
@@ -247,6 +253,7 @@ class TestPause:
             run = await runtime.start(both)
             await gated.entered.wait()
             await runtime.pause(run.id)
+            await held(runtime.worker.resident[run.id])
             gated.gate.set()
             await reaches(run, "paused")
             clock.advance(4000)
@@ -267,7 +274,7 @@ class TestCancel:
             await run.cancel()
             with pytest.raises(RunCancelled):
                 await run.result()
-            assert await run.status() == "cancelled"
+            assert run.status == "cancelled"
         assert calls == ["first"]
 
     async def test_parked_and_queued(self, open_runtime: Any, reaches: Any) -> None:
@@ -335,11 +342,12 @@ class TestFromAnotherRuntime:
 
     async def test_cancel_pause_signal_result(self, open_runtime: Any, reaches: Any) -> None:
         """One executes, the other says what is to happen."""
-        first, second = Gated(), Gated()
+        first, second = Gated(), Gated("second")
         async with open_runtime() as worker, open_runtime(serve=False) as other:
             run = await worker.start(first.workflow, id="paused")
             await first.entered.wait()
             assert await other.pause("paused") == "running"
+            await held(worker.worker.resident["paused"])
             first.gate.set()
             await reaches(run, "paused")
             await other.resume("paused")
@@ -385,7 +393,7 @@ class TestFromAnotherRuntime:
             run = await looking.start(waiting, "x", id="r")
             await looking.resume("r")
             await looking.signal("r", "go", "y")
-            assert await run.status() == "queued"
+            assert run.status == "queued"
             async with open_runtime():
                 with anyio.fail_after(20):
                     assert await run.result() == "xy"
@@ -453,7 +461,7 @@ async def test_poison(open_runtime: Any, monkeypatch: Any) -> None:
             async with open_runtime() as runtime:
                 await runtime.resume("r")
                 with anyio.fail_after(20):
-                    while await (await runtime.get("r")).status() != "waiting":
+                    while (await runtime.get("r")).status != "waiting":
                         await anyio.sleep(0.005)
                 await die(runtime)
                 runtime.worker.mine.clear()
@@ -461,14 +469,14 @@ async def test_poison(open_runtime: Any, monkeypatch: Any) -> None:
     await lives(2)
     async with open_runtime() as runtime:
         with anyio.fail_after(20):
-            while await (await runtime.get("r")).status() != "waiting":
+            while (await runtime.get("r")).status != "waiting":
                 await anyio.sleep(0.005)
         assert (await runtime.describe("r")).recoveries == 2
         await runtime.signal("r", "a", "1")
         with anyio.fail_after(20):
             while not (await runtime.describe("r")).steps:
                 await anyio.sleep(0.005)
-            while await (await runtime.get("r")).status() != "waiting":
+            while (await runtime.get("r")).status != "waiting":
                 await anyio.sleep(0.005)
         await die(runtime)
     await lives(1)

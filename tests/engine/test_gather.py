@@ -246,7 +246,7 @@ async def test_one_blocked_branch_does_not_stop_its_siblings(open_runtime: Any, 
     async with open_runtime() as runtime:
         run = await runtime.start(mixed, id="r")
         await entered.wait()
-        assert await run.status() == "running"
+        assert run.status == "running"
         assert "r" in runtime.worker.resident
         gate.set()
         await reaches(run, "waiting")

@@ -175,7 +175,7 @@ async def test_an_uncaught_error_fails_the_run(open_runtime: Any) -> None:
             await run.result()
         assert caught.value.error_type == "Odd"
         assert isinstance(caught.value.__cause__, Odd)
-        assert await run.status() == "failed"
+        assert run.status == "failed"
 
 
 async def test_retries_and_timeout(open_runtime: Any) -> None:
@@ -203,6 +203,21 @@ async def test_retries_and_timeout(open_runtime: Any) -> None:
         assert await run.result() == 2
         steps = (await runtime.describe(run.id)).steps
         assert [(item.name, item.status, item.attempts) for item in steps] == [("slow", "failed", 1), ("flaky", "done", 2)]
+
+
+async def test_an_int_stands_for_a_float(open_runtime: Any) -> None:
+    """As it does for every type checker: in arguments and in results."""
+
+    @step
+    async def half(number: float) -> float:
+        return 2
+
+    @workflow
+    async def halving(number: float) -> float:
+        return await half(number)
+
+    async with open_runtime() as runtime:
+        assert await (await runtime.start(halving, 4)).result() == 2.0
 
 
 async def test_time_and_chance_are_recorded(open_runtime: Any, reaches: Any) -> None:

@@ -37,7 +37,7 @@ async def test_a_timer_keeps_its_deadline_over_restarts(open_runtime: Any, reach
     clock.advance(3000)
     async with open_runtime(clock=clock) as runtime:
         run = await runtime.get("r")
-        assert await run.status() == "waiting"
+        assert run.status == "waiting"
         [wait] = (await runtime.describe("r")).waits
         assert wait.until is not None
         assert wait.until.timestamp() - clock.now() == 600
@@ -74,7 +74,7 @@ async def test_a_short_timer_stays_in_memory(open_runtime: Any, eventually: Any,
             return bool((await run.view()).waits)
 
         await eventually(recorded)
-        assert await run.status() == "running"
+        assert run.status == "running"
         clock.advance(0.5)
         assert await run.result() == "awake"
 
@@ -154,7 +154,7 @@ async def test_a_wrong_type_is_refused_at_the_door(open_runtime: Any, reaches: A
         await reaches(run, "waiting")
         with pytest.raises(SerializationError, match="integer"):
             await runtime.signal("r", "n", "seven")
-        assert await run.status() == "waiting"
+        assert run.status == "waiting"
         await runtime.signal("r", "n", 7)
         assert await run.result() == 7
 

@@ -522,7 +522,7 @@ async def test_cancelling_in_the_middle_of_calls_leaves_nothing_behind(tmp_path:
             while runtime.worker.resident:
                 await anyio.lowlevel.checkpoint()
         assert task_count(anyio_backend_name) <= before
-        assert await run.status() == "cancelled"
+        assert run.status == "cancelled"
 
 
 # --- approvals ------------------------------------------------------------------------------------------------------
