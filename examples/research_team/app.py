@@ -42,8 +42,8 @@ async def search(query: str, limit: int = 3) -> list[str]:
         limit: How many passages, 1 to 10.
     """
     words = {word.strip(".,:?").lower() for word in query.split() if len(word) > 3}
-    found = [f"{source}: {text}" for source, text in LIBRARY.items() if any(word in text.lower() for word in words)]
-    return found[:limit]
+    passages = [f"{source}: {text}" for source, text in LIBRARY.items()]
+    return [passage for passage in passages if any(word in passage.lower() for word in words)][:limit]
 
 
 lead = Agent(

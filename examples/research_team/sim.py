@@ -6,7 +6,12 @@ from ridethrough.runtime.router.providers.simulated import Answer, Call, Script,
 
 script = Script(latency=0.2, per_token=0.01)
 script.rule({"angles": ["what the moon does", "where the coast helps", "what power it gives"]}, system="You lead")
-script.rule(Answer(calls=(Call("search", {"query": "{{user}}"}),)), system="researcher", not_called="search")
+script.rule(
+    Answer(calls=(Call("search", {"query": "{{angle}}"}),)),
+    system="researcher",
+    user=": (?P<angle>.*)",
+    not_called="search",
+)
 script.rule(
     {"claim": "{{claim}}", "source": "{{source}}"},
     system="researcher",

@@ -22,7 +22,6 @@ from ridethrough import (
     workflow,
 )
 from ridethrough.runtime import control
-from ridethrough.runtime.runtime import Runtime
 from ridethrough.runtime.store import RUNS
 
 pytestmark = pytest.mark.anyio
@@ -438,48 +437,44 @@ async def test_the_loop_does_not_spin_for_work_of_others(open_runtime: Any, monk
         assert survey is None
 
 
-async def test_poison(open_runtime: Any, monkeypatch: Any) -> None:
+async def test_poison(open_runtime: Any, reaches: Any, monkeypatch: Any) -> None:
     """A run whose workers die without one new step is not tried for ever; progress starts the count anew."""
     monkeypatch.setattr(control, "POISON_LIMIT", 3)
-
-    async def die(runtime: Runtime) -> None:
-        await runtime.worker.journal.do(
-            lambda connection: runtime.store.update_run(
-                connection, "r", status="running", worker_id="dead", wake_at=None
-            )
-        )
 
     @workflow
     async def two() -> str:
         return await wait_for("a", str) + await wait_for("b", str)
 
-    async with open_runtime(concurrency=0) as runtime:
+    async def die() -> None:
+        """As if the worker that had the run had been killed."""
+        async with open_runtime(serve=False) as runtime:
+            await runtime.worker.journal.do(
+                lambda connection: runtime.store.update_run(
+                    connection, "r", status="running", worker_id="dead", wake_at=None
+                )
+            )
+
+    async def live() -> None:
+        async with open_runtime() as runtime:
+            await reaches(await runtime.get("r"), "waiting")
+
+    async with open_runtime(serve=False) as runtime:
         await runtime.start(two, id="r")
-
-    async def lives(count: int) -> None:
-        for _ in range(count):
-            async with open_runtime() as runtime:
-                await runtime.resume("r")
-                with anyio.fail_after(20):
-                    while (await runtime.get("r")).status != "waiting":
-                        await anyio.sleep(0.005)
-                await die(runtime)
-                runtime.worker.mine.clear()
-
-    await lives(2)
+    await live()
+    for _ in range(2):
+        await die()
+        await live()
     async with open_runtime() as runtime:
-        with anyio.fail_after(20):
-            while (await runtime.get("r")).status != "waiting":
-                await anyio.sleep(0.005)
         assert (await runtime.describe("r")).recoveries == 2
         await runtime.signal("r", "a", "1")
         with anyio.fail_after(20):
-            while not (await runtime.describe("r")).steps:
+            while [wait.name for wait in (await runtime.describe("r")).waits] != ["b"]:
                 await anyio.sleep(0.005)
-            while (await runtime.get("r")).status != "waiting":
-                await anyio.sleep(0.005)
-        await die(runtime)
-    await lives(1)
+        await reaches(await runtime.get("r"), "waiting")
+    for _ in range(2):
+        await die()
+        await live()
+    await die()
     async with open_runtime() as runtime:
         run = await runtime.get("r")
         with pytest.raises(RunPoisoned, match="died 3 times"):
