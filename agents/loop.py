@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
 from anyio.lowlevel import RunVar
@@ -428,28 +429,39 @@ class Conversation:
         row = execution.recorded(path, "tool", digest, asked)
         if row is not None:
             execution.abandoned.append(f"{path}/")
-            return await recorded_result(execution, row)
+            return self._paid(await recorded_result(execution, row))
         started = execution.services.clock.now()
         result, failure = await self._agent_result(called, arguments, path)
         outcome = Outcome(agent=self.agent.name)
         await execution.record(
             path, called.name, "tool", digest, asked, started, outcome, result.model_dump_json(), failure
         )
+        return self._paid(result)
+
+    def _paid(self, result: ToolResult) -> ToolResult:
+        """What a called agent has consumed counts for the one that called it."""
+        if result.usage is not None:
+            self.usage += result.usage
+            self.priced = self.priced and result.cost_usd is not None
+            self.cost += result.cost_usd or 0.0
         return result
 
     async def _agent_result(self, called: AgentTool, arguments: Any, path: str) -> tuple[ToolResult, Exception | None]:
         execution = self.execution
         task = execution.services.current_task()
+        conversation: Conversation | None = None
         try:
             text = called.parameters.parse(arguments)["input"]
             inner = Branch(execution, f"{path}/", task, called.agent.name)
-            answer = await Conversation(called.agent, inner, self.deps, None).run(text)
+            conversation = Conversation(called.agent, inner, self.deps, None)
+            answer = await conversation.run(text)
         except (ConfigError, StoreError, UsageError):
             raise  # nothing that a model could act on
         except Exception as error:
             told = storable(preview(f"{called.name} did not answer: {describe_error(error)}", 20_000))
-            return ToolResult(content=told, is_error=True), error
-        return ToolResult(content=cap_output(render_output(answer.output, called.name), 100_000)[0]), None
+            return _with_spending(ToolResult(content=told, is_error=True), conversation), error
+        content = cap_output(render_output(answer.output, called.name), 100_000)[0]
+        return _with_spending(ToolResult(content=content), conversation), None
 
     async def _hand_over(self, call: ToolCall, path: str, target: Agent[Any] | None) -> ToolResult:
         """Record that the conversation goes to another agent (once a turn)."""
@@ -597,15 +609,15 @@ class _Sessions:
     KEPT = 256
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str], list[Message]] = OrderedDict()
+        self._stores: WeakKeyDictionary[Any, OrderedDict[str, list[Message]]] = WeakKeyDictionary()
 
     async def read(self, store: Any, name: str, upto: int) -> list[Message]:
         """The first ``upto`` messages of a session."""
-        key = (store.database.display, name)
-        known = self._known.setdefault(key, [])
-        self._known.move_to_end(key)
-        while len(self._known) > self.KEPT:
-            self._known.popitem(last=False)
+        sessions = self._stores.setdefault(store, OrderedDict())
+        known = sessions.setdefault(name, [])
+        sessions.move_to_end(name)
+        while len(sessions) > self.KEPT:
+            sessions.popitem(last=False)
         if len(known) < upto:
             have = len(known)
             rows = await store.read(lambda connection: store.session(connection, name, have, upto))
@@ -616,12 +628,20 @@ class _Sessions:
 
     def extend(self, store: Any, name: str, end: int, messages: list[Message]) -> None:
         """Remember messages that have just been stored as the last ones up to position ``end``."""
-        known = self._known.get((store.database.display, name))
+        known = self._stores.get(store, OrderedDict()).get(name)
         if known is not None and len(known) == end - len(messages):
             known += messages
 
 
 _sessions = _Sessions()
+
+
+def _with_spending(result: ToolResult, conversation: Conversation | None) -> ToolResult:
+    """The result of a called agent, with what it has consumed (nothing, if it never began)."""
+    if conversation is None:
+        return result
+    cost = conversation.cost if conversation.priced else None
+    return result.model_copy(update={"usage": conversation.usage, "cost_usd": cost})
 
 
 def _path_name(name: str) -> str:

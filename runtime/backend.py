@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
+
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -30,3 +32,19 @@ def current_backend() -> Backend:
 
         return Backend(trio.lowlevel.current_task, trio.lowlevel.current_trio_token().run_sync_soon)
     return Backend(asyncio.current_task, loop.call_soon_threadsafe)
+
+
+def is_our_cancellation(error: BaseException) -> bool:
+    """Whether ``error`` ends the caller because a deadline has passed or its run is unwound.
+
+    asyncio lets any code raise ``CancelledError``: a function that awaits something cancelled does so without anybody
+    having cancelled the function. anyio would end the whole runtime for it.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_our_cancellation(each) for each in error.exceptions)
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
+    if not isinstance(error, asyncio.CancelledError):
+        return True
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

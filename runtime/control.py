@@ -215,12 +215,18 @@ def decide(store: Store, connection: Connection, run_id: str, call_id: str, deci
 
     Raises:
         NotFound: no call of that id waits; the message lists those that do.
+        RunConflict: somebody has decided otherwise, and the run has not read it yet.
     """
     require(store, connection, run_id)
     waits = [wait for wait in store.waits(connection, [run_id]) if wait.kind in ("approval", "interrupted")]
     if call_id not in {wait.name for wait in waits}:
         known = ", ".join(wait.name for wait in waits) or "none"
         raise NotFound(f"Run {run_id} has no call {call_id!r} that waits for a decision. Waiting: {known}.")
+    earlier = store.first_signal(connection, run_id, call_id)
+    if earlier is not None:  # not read by the run yet
+        if json.loads(earlier.value)["approved"] == decision.approved:
+            return
+        raise RunConflict(f"Call {call_id} of run {run_id} has been decided the other way already.")
     signal(store, connection, run_id, call_id, decision.as_json(), now)
 
 
@@ -309,7 +315,7 @@ class Claimer:
         roots: Sequence[str] | None,
         always: str | None = None,
     ) -> list[Claim]:
-        """Take up to ``limit`` runs: orphans first, then what is due. ``always`` is a run that is taken whatever its version."""
+        """Take up to ``limit`` runs: orphans first, then what is due; and ``always``, whatever its version."""
         rows = self._orphans(connection, roots)[:limit]
         rows += self._due(connection, now, limit - len(rows), roots) if limit > len(rows) else []
         if always is not None and always not in {row.id for row in rows}:
@@ -344,7 +350,7 @@ class Claimer:
         ]
 
     def _live(self, connection: Connection) -> list[str]:
-        """The other workers that are there. One that is not on the list at all is as dead as one whose lease ran out."""
+        """The other workers that are there. One that is on no list is as dead as one whose lease ran out."""
         now = lease.lease_clock()
         others = [worker for worker in self._store.workers(connection) if worker.id != self._worker_id]
         return [worker.id for worker in others if not lease.is_gone(worker, now)]

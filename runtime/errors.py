@@ -238,10 +238,12 @@ class Auth(ModelError, PermissionError):
 class Unavailable(ModelError):
     """No deployment of the route answers now."""
 
+    errors: tuple[ModelError, ...] = ()
+
     def __init__(
         self, message: str, *, errors: tuple[ModelError, ...] = (), retry_after: float | None = None, **fields: Any
     ) -> None:
-        """``errors`` are the attempts' errors in order; ``retry_after`` is the earliest time worth another try, in seconds."""
+        """``errors`` are the attempts' errors in order; another try is worth it in ``retry_after`` seconds."""
         super().__init__(message, retry_after=retry_after, **fields)
         self.errors = errors
 

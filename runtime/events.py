@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
 class EventBase(BaseModel):
-    """What every event has. ``at`` is in seconds since the epoch (UTC); ``path`` is the step's, empty for the run's own."""
+    """What every event has: ``at`` in seconds since the epoch (UTC), the step's ``path`` (empty for the run's own)."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -32,7 +32,8 @@ import anyio.lowlevel
 from sqlalchemy import Connection
 
 from ridethrough.runtime import control, payload
-from ridethrough.runtime.errors import Diverged, SerializationError, StoreError, UsageError
+from ridethrough.runtime.backend import is_our_cancellation
+from ridethrough.runtime.errors import Diverged, SerializationError, StepFailed, StoreError, UsageError
 from ridethrough.runtime.events import EventBase, RunPaused, StepFinished, StepStarted, ToolCallFinished
 from ridethrough.runtime.journal import Fenced, Journal, Unit
 from ridethrough.runtime.payload import INLINE_LIMIT, Codec, digest_of, preview
@@ -289,6 +290,10 @@ class Execution:
             value = await call(path, outcome)
         except Exception as error:
             failure = error
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or is_our_cancellation(error):
+                raise
+            failure = StepFailed(f"Step {path} tried to end its task or the process: {error!r}.", type(error).__name__)
         finally:
             _position.reset(token)
         killpoint("step.after_call")
@@ -626,7 +631,7 @@ class Execution:
     async def open_wait(
         self, path: str, kind: str, name: str, due: float | None, event: EventBase | None = None, **fields: str | None
     ) -> float | None:
-        """Put a wait on record unless it is; its due time (that of the first record, however often the run was resumed)."""
+        """Put a wait on record unless it is; its due time, which is that of the first record."""
         known = self.waits.get(path)
         if known is not None:
             return known.due_at  # type: ignore[no-any-return]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ _FOLLOW_SECONDS = 0.1
 
 
 async def follow_events(worker: Worker, run_id: str, after: int, follow: bool) -> AsyncIterator[Any]:
-    """The events of a run after a position, in order, until it has ended (or only those on disk, without ``follow``)."""
+    """The events of a run after a position, in order, until it has ended; without ``follow`` those on disk."""
     send, receive = anyio.create_memory_object_stream[EventBase](math.inf)
     watchers = worker.watchers.setdefault(run_id, [])
     watchers.append(send.send_nowait)
@@ -44,8 +45,9 @@ async def follow_events(worker: Worker, run_id: str, after: int, follow: bool) -
     if execution is not None:
         execution.watchers = watchers
     try:
-        async for event in _merge(worker, run_id, after, follow, receive):
-            yield event
+        async with aclosing(_merge(worker, run_id, after, follow, receive)) as events:
+            async for event in events:
+                yield event
     finally:
         watchers.remove(send.send_nowait)
         if not watchers:
@@ -54,7 +56,7 @@ async def follow_events(worker: Worker, run_id: str, after: int, follow: bool) -
         receive.close()
 
 
-async def _merge(worker: Worker, run_id: str, seen: int, follow: bool, live: Any) -> AsyncIterator[Any]:
+async def _merge(worker: Worker, run_id: str, seen: int, follow: bool, live: Any) -> AsyncGenerator[Any]:
     watch = worker.store.database.watch()
     started = seen > 0
     try:

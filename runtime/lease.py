@@ -32,7 +32,7 @@ def host_identity() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, as an opaque text; ``None`` if it is gone or only its remains are left."""
+    """When a process of this machine started, as opaque text; ``None`` if it is gone, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:

@@ -132,6 +132,8 @@ class Codec:
 
     def accept(self, data: Any) -> Any:
         """Check plain data from outside (a signal, ``--input``) against the type and convert it."""
+        if type(data) is self._exact:
+            return data  # also text that pydantic's parser refuses: half a surrogate pair
         adapter = self._adapter or TypeAdapter(Any if self._exact is None else self._exact)
         try:
             return adapter.validate_json(_encode(data))

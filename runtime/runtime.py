@@ -80,7 +80,7 @@ class Run(Generic[T]):
         return await self._runtime.load_result(self.id, self._workflow, ended)  # type: ignore[no-any-return]
 
     def events(self, after: int | None = None) -> AsyncIterator[Event]:
-        """The run's events from the beginning, or those after a position, until it ends; attach any time, any number."""
+        """The run's events, all or those after a position, until it ends. Attach at any time, any number of readers."""
         return self._runtime.events(self.id, after=after)
 
     async def cancel(self) -> None:
@@ -274,7 +274,7 @@ class Runtime(Launcher):
         text = definition.bind(args, kwargs)
         run_id = id if id is not None else new_id(definition.name)
         _check_id(run_id)
-        self.worker.local.setdefault(definition.name, definition)
+        self.worker.local[definition.name] = definition
         now = self.clock.now()
         here = (
             self._serve
@@ -347,7 +347,7 @@ class Runtime(Launcher):
         row = await self.store.read(lambda connection: control.require(self.store, connection, run_id))
         if (row.workflow, row.input_digest) != (values["workflow"], values["input_digest"]):
             raise RunConflict(
-                f"Run {run_id} exists already, of workflow {row.workflow} with input {payload.preview(row.input or '')}. "
+                f"Run {run_id} exists already: {row.workflow} with input {payload.preview(row.input or '')}. "
                 f"Give the new run another id, or start it with the same input to get the old one."
             )
 
@@ -363,7 +363,7 @@ class Runtime(Launcher):
     ) -> Callable[[Connection, str], None]:
         """The insertion of a child run, for the journal's thread."""
         info, now = branch.execution.info, self.clock.now()
-        self.worker.local.setdefault(workflow.name, workflow)
+        self.worker.local[workflow.name] = workflow
 
         def insert(connection: Connection, child_id: str) -> None:
             if self.store.run(connection, child_id) is not None:

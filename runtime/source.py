@@ -1,4 +1,4 @@
-"""Where a workflow comes from, so that another process can take its runs up: ``module:NAME`` or ``/path/file.py:NAME``."""
+"""Where a workflow comes from, for the process that takes its runs up: ``module:NAME`` or ``/path/file.py:NAME``."""
 
 from __future__ import annotations
 
@@ -118,6 +118,6 @@ def find_workflow(source: str, name: str, cwd: str | None = None) -> Any:
         if getattr(definition, "name", None) == name:
             return definition
     raise NotFound(
-        f"{module_name} does not define the workflow {name!r} any more. Put it back under that name (@workflow(name=...)) "
-        f"and resume."
+        f"{module_name} does not define the workflow {name!r} any more. Put it back under that name "
+        f"(@workflow(name=...)) and resume."
     )

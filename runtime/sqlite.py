@@ -29,7 +29,7 @@ _HINTS = (
     ("readonly database", "it is read-only. Make the file and its folder writable for this user, then resume"),
     (
         "database is locked",
-        "another process has held its lock for more than {busy:.0f} s. Find it (it keeps a transaction open), then resume",
+        "another process has held its lock for {busy:.0f} s. Find it (it keeps a transaction open), then resume",
     ),
     ("disk I/O error", "the disk failed. Check the file system and its space, then resume"),
     ("not a database", "it is not an SQLite database. Name another file with --db or `database`"),

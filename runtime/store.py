@@ -304,7 +304,7 @@ class Store:
         roots: Sequence[str] | None,
         accepted: Sequence[str],
     ) -> Sequence[StoredRow]:
-        """Parked and queued runs whose time has come, the most urgent first; of these ``roots`` only, if they are given.
+        """Parked and queued runs whose time has come, the most urgent first; of these ``roots`` only, if given.
 
         Runs of ``workflows`` (name, version), and those of the ``accepted`` roots whatever their version.
         """

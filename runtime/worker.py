@@ -1,7 +1,7 @@
 """The part of a process that executes runs: claims them, drives them, notices what came for them, gives them back.
 
 One loop looks at the database when it is poked (a run ended, something was started), when another process has
-committed (SQLite's data version, asked ten times a second, 5 us each), when the next timer is due, and once a second for
+committed (SQLite's data version, asked ten times a second at 5 us), when the next timer is due, and once a second for
 dead workers. Everything it asks is one indexed query for all runs together; parked runs are never asked one by one.
 """
 
@@ -19,7 +19,7 @@ import anyio.abc
 from sqlalchemy import Connection
 
 from ridethrough.runtime import control, lease, payload
-from ridethrough.runtime.backend import Backend
+from ridethrough.runtime.backend import Backend, is_our_cancellation
 from ridethrough.runtime.clock import Clock
 from ridethrough.runtime.control import Claim, Claimer
 from ridethrough.runtime.errors import Diverged, Error, NotFound, RunCancelled, SerializationError, StoreError
@@ -374,6 +374,10 @@ class Worker:
                     ended = await self._execute(execution, row, text)
                 except Exception as error:
                     failure = error
+                except BaseException as error:  # one run must not end the process of all
+                    if isinstance(error, KeyboardInterrupt) or is_our_cancellation(error):
+                        raise
+                    failure = RuntimeError(f"The workflow tried to end its task or the process: {error!r}.")
             if execution.ending is None:
                 ended = ended or Ended("failed", error=payload.dump_error(failure or NotFound("no result")))
                 await self._finish(execution, ended)

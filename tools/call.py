@@ -15,7 +15,6 @@ with an intent and without a result may or may not have taken effect: nobody gue
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import threading
@@ -28,7 +27,7 @@ import anyio
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from ridethrough.runtime.backend import current_backend
+from ridethrough.runtime.backend import current_backend, is_our_cancellation
 from ridethrough.runtime.errors import (
     Error,
     NotStarted,
@@ -39,6 +38,7 @@ from ridethrough.runtime.errors import (
 from ridethrough.runtime.events import EventBase, ToolCallStarted
 from ridethrough.runtime.execution import Branch, Execution, Inside, Outcome, call_digest, call_id, stand
 from ridethrough.runtime.payload import Codec, content_hash, describe_error, digest_of, preview, storable
+from ridethrough.runtime.router.messages import Usage
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
 from ridethrough.runtime.workflow import backoff
@@ -61,6 +61,9 @@ class ToolResult(BaseModel):
     is_error: bool = False
     artifact: str | None = None
     """The handle of the whole output, where ``content`` is shortened."""
+    usage: Usage | None = None
+    """What an agent in the place of a tool has consumed."""
+    cost_usd: float | None = None
 
 
 class Verdict(BaseModel):
@@ -318,7 +321,7 @@ class _Call:
         except (Exception, KeyboardInterrupt):
             raise
         except BaseException as error:  # one tool must not end the process of all runs
-            if _is_our_cancellation(error):
+            if is_our_cancellation(error):
                 raise
             raise ToolFailed(f"{self.tool.name} tried to end its task or the process ({error!r}).") from error
 
@@ -453,22 +456,6 @@ def _bounded(error: Exception, told: str) -> Exception:
     except Exception:
         fits = False
     return error if fits else ToolFailed(preview(told, LONGEST_MESSAGE))
-
-
-def _is_our_cancellation(error: BaseException) -> bool:
-    """Whether ``error`` ends the tool because its deadline has passed or the run is unwound.
-
-    asyncio lets any code raise ``CancelledError``: a tool that awaits something cancelled does so without anybody
-    having cancelled the tool. anyio would end the whole runtime for it.
-    """
-    if isinstance(error, BaseExceptionGroup):
-        return all(_is_our_cancellation(each) for each in error.exceptions)
-    if not isinstance(error, anyio.get_cancelled_exc_class()):
-        return False
-    if not isinstance(error, asyncio.CancelledError):
-        return True
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def _unknown(name: str, note: str | None = None) -> ToolInterrupted:

@@ -1,4 +1,4 @@
-"""A batch job that waits for the night, then works through a pile of letters, some of which are unreadable."""
+"""A batch job that waits for the night, then works through a pile of letters, some of which are failed."""
 
 from datetime import timedelta
 from typing import Literal
@@ -22,7 +22,7 @@ class Summary(BaseModel):
 
     started_at: str
     kinds: dict[str, int]
-    unreadable: list[str]
+    failed: list[str]
 
 
 @step(retries=1)
@@ -57,5 +57,5 @@ async def night(letters: int = 12, wait: float = 2.0) -> Summary:
     for label in labels:
         if isinstance(label, Label):
             kinds[label.kind] = kinds.get(label.kind, 0) + 1
-    unreadable = [str(error) for error in labels if isinstance(error, Exception)]
-    return Summary(started_at=started.isoformat(timespec="seconds"), kinds=kinds, unreadable=unreadable)
+    failed = [str(error) for error in labels if isinstance(error, Exception)]
+    return Summary(started_at=started.isoformat(timespec="seconds"), kinds=kinds, failed=failed)

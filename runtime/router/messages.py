@@ -50,7 +50,7 @@ class ImagePart(_Canonical):
 
     type: Literal["image"] = "image"
     url: str | None = None
-    data: str | None = Field(None, repr=False)
+    data: str | None = Field(default=None, repr=False)
     media_type: str = "image/png"
 
     @model_validator(mode="after")

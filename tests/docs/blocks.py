@@ -142,6 +142,7 @@ class Page:
             "toml": ("", "file", "same file"),
             "text": ("output", "picture"),
             "json": ("", "file"),
+            "sh": ("", "file"),
         }
         if block.key not in allowed.get(block.language, ("",)):
             raise Wrong(f"a comment {block.key!r} means nothing above a block of {block.language or 'no language'}")
@@ -163,6 +164,8 @@ class Page:
     def _check_file(self, path: Path, block: Block) -> None:
         if block.language == "python":
             compile(block.text, block.value, "exec")
+        elif block.language == "sh":
+            subprocess.run(["sh", "-n", str(path)], check=True)
         elif block.language == "json":
             json.loads(block.text)
         elif path.name == "ridethrough.toml":

@@ -5,7 +5,7 @@ line above it may say more::
 
     python                   executed; the blocks of a page share one namespace
         <!-- fails: NAME -->         it must raise an error of that class
-        <!-- file: app.py -->        not executed, but written as that file (toml and json too)
+        <!-- file: app.py -->        not executed, but written as that file (toml, json and sh too)
         <!-- same file: app.py -->   not executed; that file exists by now and has exactly this text
     text
         <!-- output -->              what the python block before it printed, the error it raised included

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Folder:
         return json.loads(shown.stdout)  # type: ignore[no-any-return]
 
     @contextmanager
-    def going(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    def going(self, *arguments: str) -> Generator[subprocess.Popen[str]]:
         """A command that is on its way; it does not outlive the block, nor the deadline."""
         command = [sys.executable, "-m", "ridethrough.cli", *arguments]
         with (
@@ -162,7 +162,7 @@ def test_night_batch_collects_what_failed(folder: Folder) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["kinds"] == {"order": 3, "question": 3, "complaint": 4}
-    assert len(summary["unreadable"]) == 2
+    assert len(summary["failed"]) == 2
     parked = folder.type(*long, "--no-wait")
     assert parked.returncode == 3, parked.stderr
     assert folder.show("long")["pause"]["reason"] == "timer"
@@ -222,7 +222,7 @@ def comparable(result: Any) -> Any:
 
 @example()
 def test_a_key_and_the_other_configuration_are_all_it_takes(folder: Folder) -> None:
-    """The server that takes the key is the simulated one, under a vendor's kind: nothing else of the example changes."""
+    """The server that takes the key is the simulated one, under a vendor's kind: nothing else changes."""
     assert load_config(EXAMPLES / folder.path.name / "ridethrough.openai.toml").routes["smart"].models == ("gpt",)
     real = folder.path / "ridethrough.openai.toml"
     target, given = KILLED[folder.path.name]
