@@ -16,13 +16,14 @@ from contextlib import suppress
 import click
 
 from ridethrough import __version__
+from ridethrough.agents import cli as agents_part
 from ridethrough.runtime import cli as runtime_part
 from ridethrough.runtime.options import FAILED, INTERRUPTED, OK, PARKED, USAGE, Group
 
 BROKEN_PIPE = 141
 """What a shell shows for a program that SIGPIPE ended; whoever closed the pipe did not want to read on."""
 
-PARTS = (runtime_part,)
+PARTS = (runtime_part, agents_part)
 """Each part has a tuple ``COMMANDS``; a command that needs a part's code imports it when it runs."""
 
 HELP = """A runtime for agents whose work must survive.
