@@ -59,10 +59,10 @@ class _Table(BaseModel):
 class Timeouts(_Table):
     """Deadlines of one attempt, in seconds. ``first_token`` and ``idle`` need the streaming wire."""
 
-    connect: float = Field(5.0, gt=0)
-    first_token: float = Field(20.0, gt=0)
-    idle: float = Field(20.0, gt=0)
-    total: float = Field(300.0, gt=0)
+    connect: float = Field(default=5.0, gt=0)
+    first_token: float = Field(default=20.0, gt=0)
+    idle: float = Field(default=20.0, gt=0)
+    total: float = Field(default=300.0, gt=0)
 
 
 class Price(_Table):
@@ -148,8 +148,8 @@ class SandboxConfig(_Table):
 
     image: str
     memory: str = "512m"
-    cpus: float = Field(1.0, gt=0)
-    pids: int = Field(128, gt=0)
+    cpus: float = Field(default=1.0, gt=0)
+    pids: int = Field(default=128, gt=0)
     network: Literal["none"] | tuple[str, ...] = "none"
     runtime: Literal["auto", "runc", "runsc"] = "auto"
 
@@ -160,8 +160,8 @@ class Config(_Table):
     path: Path | None = None
     database: str | None = None
     durability: Literal["power", "process"] = "power"
-    lease_seconds: float = Field(5.0, gt=0)
-    reaper_seconds: float = Field(15.0, gt=0)
+    lease_seconds: float = Field(default=5.0, gt=0)
+    reaper_seconds: float = Field(default=15.0, gt=0)
     embeddings: str | None = None
     providers: dict[str, Provider] = Field(default_factory=dict[str, Provider])
     models: dict[str, Model] = Field(default_factory=dict[str, Model])

@@ -78,6 +78,7 @@ class Lines:
     def __init__(self) -> None:
         """The clock starts."""
         self._began = time.monotonic()
+        self._told: set[str | None] = set()
 
     def opening(self, folder: str) -> None:
         """What is about to be seen."""
@@ -86,6 +87,7 @@ class Lines:
 
     def process(self, pid: int, command: str) -> None:
         """The command that a user would type."""
+        self._told.clear()
         self._print("")
         self._line(f"process {pid}", command, "bold")
 
@@ -100,7 +102,10 @@ class Lines:
                 pass
 
     def fault(self, asked: Asked) -> None:
-        """A provider failed."""
+        """A provider failed; told once for each kind and process, the account has the count."""
+        if asked.fault in self._told:
+            return
+        self._told.add(asked.fault)
         self._line(asked.provider, FAULTS.get(asked.fault or "", "fails"), "yellow")
 
     def killed(self, pid: int, run: RunView, unanswered: int) -> None:
@@ -132,7 +137,7 @@ class Lines:
 
 
 class Colours(Lines):
-    """The same, for eyes."""
+    """The same with colours."""
 
     def __init__(self) -> None:
         """Take the terminal."""

@@ -58,7 +58,7 @@ researcher = Agent(
     instructions="You are a researcher. Search the library, then state one well-sourced claim.",
     tools=[search],
     output=Finding,
-    limits=Limits(turns=5, usd=0.50),
+    limits=Limits(turns=5, tool_calls=10),
 )
 editor = Agent(
     "editor",

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,8 @@ VOLATILE = (
     (re.compile(r"(?<=\S)[ \t]+"), " "),
     (re.compile(r"[ \t]+$", re.M), ""),
 )
-"""What is another each time: times and durations, sizes, digests, ids that were made up, processes, the order of branches, widths of columns."""
+"""What is another each time: times, durations, sizes, digests, ids that were made up, processes, the order of branches,
+widths of columns."""
 
 
 def steady(text: str) -> str:
@@ -260,7 +261,7 @@ def _commands(text: str) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _standing_in(folder: Path, module: types.ModuleType) -> Iterator[None]:
+def _standing_in(folder: Path, module: types.ModuleType) -> Generator[None]:
     """The page's folder as the working directory and first on the path, with what it imports forgotten afterwards."""
     before, known = Path.cwd(), set(sys.modules)
     os.chdir(folder)

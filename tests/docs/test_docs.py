@@ -17,10 +17,11 @@ line above it may say more::
     sh                       set-up of the reader's machine: not executed; each line is a target of the Makefile or
                              stands in ``SETUP``
 
-In expected output a line ``...`` stands for any lines, ``...`` in a line for any text; what is another each time (times,
-durations, digests: ``blocks.VOLATILE``) need not be the same. A command that ends with another status than 0 is followed by ``$ echo $?`` and its status. ``COMMAND &`` goes on until the page ends; the page goes on
-when the expected output has come. ``COMMAND & sleep N; kill -9 $!`` is killed when the expected output has come and not
-after N seconds, because a busy machine does not keep to them. Port 8701 is replaced by a free one.
+In expected output a line ``...`` stands for any lines, ``...`` in a line for any text. What is another each time
+(times, durations, digests: ``blocks.VOLATILE``) need not be the same. A command that ends with another status than 0 is
+followed by ``$ echo $?`` and its status. ``COMMAND &`` goes on until the page ends; the page goes on when the expected
+output has come. ``COMMAND & sleep N; kill -9 $!`` is killed when the expected output has come and not after N seconds,
+because a busy machine does not keep to them. Port 8701 is replaced by a free one.
 
 Other languages, and comments that mean nothing above their block, fail the test.
 """
@@ -31,7 +32,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from tests.docs.blocks import ROOT, Page, Wrong, blocks_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from ridethrough.runtime import views
 from ridethrough.runtime.config import load_config
+from ridethrough.runtime.options import Options
 
 pytestmark = pytest.mark.processes
 
@@ -48,10 +50,12 @@ class Folder:
         return subprocess.run(command, cwd=self.path, env={**os.environ, **environment}, check=False, **kept)  # type: ignore[call-overload, no-any-return]
 
     def show(self, run_id: str) -> dict[str, Any]:
-        """A run as programs see it."""
-        shown = self.type("show", run_id, "--json")
-        assert shown.returncode == 0, shown.stderr
-        return json.loads(shown.stdout)  # type: ignore[no-any-return]
+        """A run as `show --json` prints it."""
+        store = Options(db=str(self.path / "ridethrough.db")).store()
+        try:
+            return store.read_now(lambda connection: views.show_run(store, connection, run_id, steps=True)).as_json()
+        finally:
+            store.close()
 
     @contextmanager
     def going(self, *arguments: str) -> Generator[subprocess.Popen[str]]:
@@ -170,32 +174,34 @@ def test_night_batch_collects_what_failed(folder: Folder) -> None:
 
 # --- killed ---------------------------------------------------------------------------------------------------------
 
-KILLED = {
+GIVEN = {
     "first_agent": ("app.py:pilot", '"When can we enter Brest?"'),
     "research_team": ("app.py:brief", '"The tides"'),
     "support_desk": ("app.py:ticket", '"I paid twice for order A-101."'),
     "night_batch": ("app.py:night", '{"letters": 8, "wait": 0.2}'),
 }
+ANSWERS = {
+    "first_agent": "06:12 and 18:37",
+    "research_team": "Coasts, chapter 2",
+    "support_desk": "9.50 USD were paid back",
+    "night_batch": "letter 5 is torn",
+}
 
 
 @example()
-def test_killed_and_resumed_it_comes_to_the_same(folder: Folder) -> None:
-    target, given = KILLED[folder.path.name]
-    whole = folder.type("run", target, "--input", given, "--id", "whole")
-    assert whole.returncode == 0, whole.stderr
+def test_killed_and_resumed_it_comes_to_its_end(folder: Folder) -> None:
+    target, given = GIVEN[folder.path.name]
     with folder.going("run", target, "--input", given, "--id", "cut", "--json") as process:
         kill_after_a_model_call(process)
     left = folder.show("cut")
-    assert left["status"] not in ("done", "failed")
+    assert left["status"] == "running"
     resumed = folder.type("resume", "cut")
     assert resumed.returncode == 0, resumed.stderr
+    assert ANSWERS[folder.path.name] in resumed.stdout
     shown = folder.show("cut")
-    assert comparable(shown["result"]) == comparable(folder.show("whole")["result"])
-    assert shown["recoveries"] == 1
-    now = {step["path"]: step for step in shown["steps"]}
-    assert [now[step["path"]] for step in left["steps"] if step["status"] == "done"] == [
-        step for step in left["steps"] if step["status"] == "done"
-    ]
+    assert (shown["status"], shown["recoveries"]) == ("done", 1)
+    kept = [step for step in left["steps"] if step["status"] != "running"]
+    assert kept == [step for step in shown["steps"] if step["path"] in {known["path"] for known in kept}]
 
 
 def kill_after_a_model_call(process: subprocess.Popen[str]) -> None:
@@ -210,13 +216,6 @@ def kill_after_a_model_call(process: subprocess.Popen[str]) -> None:
     raise AssertionError("it ended before it could be killed")
 
 
-def comparable(result: Any) -> Any:
-    """A result without what may differ: the time of the night, and the ids of an agent's messages."""
-    if "started_at" in result:
-        return {**result, "started_at": None}
-    return result["output"] if "messages" in result else result
-
-
 # --- with a key -----------------------------------------------------------------------------------------------------
 
 
@@ -225,14 +224,14 @@ def test_a_key_and_the_other_configuration_are_all_it_takes(folder: Folder) -> N
     """The server that takes the key is the simulated one, under a vendor's kind: nothing else changes."""
     assert load_config(EXAMPLES / folder.path.name / "ridethrough.openai.toml").routes["smart"].models == ("gpt",)
     real = folder.path / "ridethrough.openai.toml"
-    target, given = KILLED[folder.path.name]
+    target, given = GIVEN[folder.path.name]
     words = ("run", target, "--input", given, "--config", real.name)
     missing = folder.type(*words, OPENAI_API_KEY="")
-    assert missing.returncode != 0
-    assert "OPENAI_API_KEY" in missing.stderr
+    assert "OPENAI_API_KEY" in missing.stdout + missing.stderr
     with folder.going("simulate", "--scenario", "sim.py", "--json") as server:
         assert server.stdout is not None
         url = json.loads(server.stdout.readline())["base_url"]
         real.write_text(real.read_text().replace("https://api.openai.com/v1", url))
         done = folder.type(*words, OPENAI_API_KEY="no-real-key")
     assert done.returncode == 0, done.stderr
+    assert ANSWERS[folder.path.name] in done.stdout
