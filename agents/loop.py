@@ -255,6 +255,22 @@ class Conversation:
                 if not await self._may_pause():
                     raise
                 await self._wait_for_models(path, error)
+            except ConfigError as error:
+                if not isinstance(self.agent.model, str):
+                    raise
+                await self._wait_for_mending(path, error)
+
+    async def _wait_for_mending(self, path: str, error: ConfigError) -> None:
+        """The configuration is wrong (a key that is not set, a route that is not there): that is no answer of the model,
+        so nothing is recorded. The run is paused until a person has mended it and resumes the run.
+        """
+        execution, text = self.execution, preview(str(error), 500)
+        if path in execution.waits or self._waited == path:
+            await self._note_wait(path, "configuration", None, text)
+        else:
+            await execution.open_wait(path, "model", "configuration", None, question=text)
+        self._waited = path
+        await execution.block(Blocked(path, "model", "configuration", None))
 
     async def _within_limit(self, answer: Awaitable[ModelResponse]) -> ModelResponse:
         if self.limits.seconds is None:
@@ -298,6 +314,11 @@ class Conversation:
         router = await self.execution.services.router()
         return "pause" in router.route(self.agent.model).otherwise
 
+    async def _note_wait(self, path: str, reason: str, due: float | None, text: str) -> None:
+        store, run_id = self.execution.services.store, self.execution.run_id
+        changes = {"name": reason, "due_at": due, "question": text}
+        await self.execution.do(lambda connection: store.update_wait(connection, run_id, path, **changes))
+
     async def _wait_for_models(self, path: str, error: Unavailable) -> None:
         """No model answers: block this branch until another try is worth it. The run may be parked meanwhile."""
         from ridethrough.runtime.router.errors import pause_reason
@@ -309,9 +330,7 @@ class Conversation:
         if known is None and self._waited != path:
             await execution.open_wait(path, "model", reason, now + rest, question=preview(error.message, 500))
         else:
-            store, run_id = execution.services.store, execution.run_id
-            changes = {"name": reason, "due_at": now + rest, "question": preview(error.message, 500)}
-            await execution.do(lambda connection: store.update_wait(connection, run_id, path, **changes))
+            await self._note_wait(path, reason, now + rest, preview(error.message, 500))
         self._waited = path
         await execution.block(Blocked(path, "model", reason, now + rest))
 

@@ -219,6 +219,7 @@ def decide(store: Store, connection: Connection, run_id: str, call_id: str, deci
     """
     require(store, connection, run_id)
     waits = [wait for wait in store.waits(connection, [run_id]) if wait.kind in ("approval", "interrupted")]
+    call_id = next((wait.name for wait in waits if call_id == wait.path.rpartition("/")[0]), call_id)
     if call_id not in {wait.name for wait in waits}:
         known = ", ".join(wait.name for wait in waits) or "none"
         raise NotFound(f"Run {run_id} has no call {call_id!r} that waits for a decision. Waiting: {known}.")

@@ -195,6 +195,13 @@ class TakeUp:
                 follow.refused(run_id, error)
 
 
+def answer_of(run: views.RunView) -> Any:
+    """What people want to see of a result: of an agent's run its output, without the conversation (`show` has that)."""
+    if run.workflow.startswith("agent:") and isinstance(run.result, dict):
+        return run.result.get("output")
+    return run.result
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return plain(text if len(text) <= 200 else text[:199] + "…")
@@ -444,7 +451,8 @@ class Closing:
             say(f"error: run {run.id} {run.status}" + (f": {error.type}: {plain(error.message)}" if error else ""))
             return FAILED
         if not self._options.json:
-            text = run.result if isinstance(run.result, str) else json.dumps(run.result, ensure_ascii=False)
+            result = answer_of(run)
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
             if run.result is not None or self._several:
                 click.echo(f"{run.id}: {text}" if self._several else text)
         return OK

@@ -33,13 +33,19 @@ async def sleep_until(branch: Branch, seconds: float) -> None:
         await execution.recall(row, _NOTHING)
         return
     await execution.before_live(branch, path, "sleep", digest)
-    started = execution.services.clock.now()
+    started = _since(execution, path)
     outcome = Outcome()
     if seconds > 0:
         due = await execution.open_wait(path, "timer", "sleep", started + seconds)
         await execution.block(Blocked(path, "timer", "sleep", due))
         outcome.also = execution.closing(path)
     await execution.record(path, "sleep", "sleep", digest, asked, started, outcome, "null", None)
+
+
+def _since(execution: Execution, path: str) -> float:
+    """When a wait began: now, or in an earlier life of the run."""
+    known = execution.waits.get(path)
+    return execution.services.clock.now() if known is None else float(known.since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ async def receive(branch: Branch, path: str, question: Question, codec: Codec, t
     if (row := execution.recorded(path, "signal", digest, asked)) is not None:
         return await execution.recall(row, codec)
     await execution.before_live(branch, path, "signal", digest)
-    started = execution.services.clock.now()
+    started = _since(execution, path)
     due = await _announce(execution, path, question, codec, None if timeout is None else started + timeout)
     outcome = Outcome(agent=branch.agent)
     while True:
