@@ -146,12 +146,11 @@ def resume(store: Store, connection: Connection, run_id: str, now: float, me: st
         _revive(store, connection, row, now)
         return require(store, connection, run_id)
     holder = owner(store, connection, row)
-    if holder is not None:
-        if holder.id != me:
-            who = lease.describe(holder)
-            raise RunBusy(
-                f"Run {run_id} is being executed by {who}. Follow it: ridethrough events {run_id} --follow", run_id, who
-            )
+    if holder is not None and holder.id != me:
+        who = lease.describe(holder)
+        raise RunBusy(
+            f"Run {run_id} is being executed by {who}. Follow it: ridethrough events {run_id} --follow", run_id, who
+        )
     wanted = "cancel" if row.wanted == "cancel" else None  # a pause is withdrawn by this, a promise to cancel is not
     if row.worker_id is None:
         store.update_run(connection, run_id, wake_at=now, wanted=wanted)

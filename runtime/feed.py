@@ -121,7 +121,7 @@ def _end_event(row: Any, seq: int) -> RunFinished:
 def _step_events(row: Any) -> Iterator[Any]:
     if row.name == "gather" and not row.digest:
         return
-    head = {"run_id": row.run_id, "seq": row.seq, "path": row.path, "name": row.name}
+    head: dict[str, Any] = {"run_id": row.run_id, "seq": row.seq, "path": row.path, "name": row.name}
     error = None if row.error is None else payload.error_line(row.error)
     yield StepStarted(**{**head, "seq": max(row.seq - 1, 0)}, at=row.started_at, kind=row.kind, agent=row.agent)
     if row.kind == "tool":

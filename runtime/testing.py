@@ -41,7 +41,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ class Ledger:
             os.close(handle)
 
     @contextmanager
-    def effect(self, effect: str, run_id: str, call: str, key: str | None = None) -> Iterator[None]:
+    def effect(self, effect: str, run_id: str, call: str, key: str | None = None) -> Generator[None]:
         """Write down that an effect starts, and afterwards that it has finished.
 
         Args:
@@ -528,7 +528,7 @@ def plan_of(directory: Path, seed: int, count: int, ops: Sequence[str] | None = 
 
 
 async def execute(plan: Plan) -> None:
-    """Execute the programs of a plan to their ends, whatever earlier lives have left; their outcomes go to the ledger."""
+    """Execute the programs of a plan to their ends, whatever earlier lives have left; outcomes go to the ledger."""
     global _ledger
     _ledger = plan.ledger
     await anyio.to_thread.run_sync(_write_committed, plan)
@@ -602,7 +602,7 @@ async def _send_missing(runtime: Runtime, run_id: str, name: str) -> None:
 
 async def _all_ended(runtime: Runtime) -> None:
     """Children of branches that were given up may outlive their parents' interest in them for a moment."""
-    while any(view.status not in FINAL for view in await runtime.list(limit=None)):
+    while any(view.status not in FINAL for view in await runtime.list(limit=None)):  # noqa: ASYNC110
         await anyio.sleep(0.02)
 
 
@@ -660,9 +660,7 @@ def campaign(
         before = len(report.violations)
         _one_round(plan, chance, kills, deadline, report)
         found = report.violations[before:]
-        log(
-            f"seed {seed} round {index}: {report.lives} lives, {report.kills} kills, {len(found)} violations so far here"
-        )
+        log(f"seed {seed} round {index}: {len(found)} violations; {report.lives} lives, {report.kills} kills so far")
         for violation in found:
             log(f"  {violation}")
         if not found:
@@ -747,7 +745,8 @@ def _be_worker(plan: Plan, spec: str, backend: str) -> NoReturn:
 
 def _stuck(plan: Plan) -> str:
     with closing(sqlite3.connect(plan.directory / "runs.db")) as connection:
-        columns = "id, status, worker_id, wake_at, wanted, (SELECT group_concat(path || '=' || kind) FROM waits WHERE run_id = id)"
+        waits = "(SELECT group_concat(path || '=' || kind) FROM waits WHERE run_id = id)"
+        columns = f"id, status, worker_id, wake_at, wanted, {waits}"
         rows = connection.execute(f"SELECT {columns} FROM runs WHERE status NOT IN ('done', 'failed', 'cancelled')")
         return "; ".join(str(row) for row in rows)
 
@@ -768,7 +767,7 @@ def check(plan: Plan) -> list[str]:
 
 
 def _wrong_outcomes(plan: Plan, entries: Iterable[Entry]) -> Iterator[str]:
-    seen = {run_id: [] for run_id in plan.programs}  # type: dict[str, list[Any]]
+    seen: dict[str, list[Any]] = {run_id: [] for run_id in plan.programs}
     for entry in entries:
         if entry["kind"] == "outcome":
             seen[entry["run"]].append(entry["outcome"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from ridethrough import FakeClock, Runtime
 from ridethrough.runtime.config import Config
-from ridethrough.runtime.workflow import REGISTRY
+from ridethrough.runtime.workflow import REGISTRY, Workflow
 
 DEADLINE = 20.0
 """Seconds after which something that should happen counts as not happening; no test depends on how fast it does."""
@@ -24,9 +24,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def own_registry() -> Any:
-    """Workflows of one test are unknown to the next."""
+def own_registry(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workflows are found by name: a test must meet those of its own module, and leave none of its own behind."""
     before = dict(REGISTRY)
+    REGISTRY.update({item.name: item for item in vars(request.module).values() if isinstance(item, Workflow)})
     yield
     REGISTRY.clear()
     REGISTRY.update(before)
@@ -49,7 +50,8 @@ def open_runtime(url: str) -> Callable[..., Runtime]:
     """Opens the test's database; running steps get no grace when it closes, as if the process had died."""
 
     def open_it(**options: Any) -> Runtime:
-        return Runtime.open(url, **{"config": Config(), "grace": 0.0, **options})
+        chosen: dict[str, Any] = {"config": Config(), "grace": 0.0, **options}
+        return Runtime.open(url, **chosen)
 
     return open_it
 
@@ -60,7 +62,7 @@ def eventually() -> Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]:
 
     async def wait(question: Callable[[], Awaitable[Any]]) -> Any:
         with anyio.fail_after(DEADLINE):
-            while not (answer := await question()):
+            while not (answer := await question()):  # noqa: ASYNC110 - a database sets no event
                 await anyio.sleep(0.005)
             return answer
 

@@ -215,7 +215,8 @@ async def test_changed_parameters(open_runtime: Any, reaches: Any, change: str) 
     definition = workflow(name="changing")(before)
     async with open_runtime() as runtime:
         await reaches(await runtime.start(definition, "tides", 3, id="r"), "waiting")
-    workflow(name="changing")({"removed": removed, "added": added, "retyped": retyped}[change])
+    changed: dict[str, Any] = {"removed": removed, "added": added, "retyped": retyped}
+    workflow(name="changing")(changed[change])
     async with open_runtime() as runtime:
         await runtime.signal("r", "go", None)
         with pytest.raises(Diverged):

@@ -89,7 +89,7 @@ async def test_failure(open_runtime: Any, reaches: Any) -> None:
     assert set(seen) == {("p.failing_child#1", "Bad")}
 
 
-async def test_cancelling_the_parent_cancels_its_children(open_runtime: Any, reaches: Any) -> None:
+async def test_cancelling_the_parent_cancels_its_children(open_runtime: Any, reaches: Any, eventually: Any) -> None:
     """And theirs."""
 
     @workflow
@@ -108,9 +108,7 @@ async def test_cancelling_the_parent_cancels_its_children(open_runtime: Any, rea
         async def there() -> bool:
             return grandchild in [view.id for view in await runtime.list(status="waiting")]
 
-        with anyio.fail_after(20):
-            while not await there():
-                await anyio.sleep(0.005)
+        await eventually(there)
         await runtime.cancel("p")
         with pytest.raises(RunCancelled):
             await run.result()
@@ -138,7 +136,9 @@ async def test_cancelling_a_child_tells_its_parent(open_runtime: Any, reaches: A
         assert await run.result() == "Child run p.child#1 was cancelled."
 
 
-async def test_the_child_of_a_branch_that_was_given_up_is_cancelled(open_runtime: Any, reaches: Any) -> None:
+async def test_the_child_of_a_branch_that_was_given_up_is_cancelled(
+    open_runtime: Any, reaches: Any, eventually: Any
+) -> None:
     """Nobody waits for it any more, and it would go on for money."""
     gate = anyio.Event()
 
@@ -157,18 +157,14 @@ async def test_the_child_of_a_branch_that_was_given_up_is_cancelled(open_runtime
 
     async with open_runtime() as runtime:
         run = await runtime.start(parent, id="p")
-        await reaches_child(runtime, "p.g1[0]/child#1", reaches)
+
+        async def waits() -> bool:
+            return "p.g1[0]/child#1" in [view.id for view in await runtime.list(status="waiting")]
+
+        await eventually(waits)
         gate.set()
         assert await run.result() == "caught"
         await reaches(await runtime.get("p.g1[0]/child#1"), "cancelled")
-
-
-async def reaches_child(runtime: Any, run_id: str, reaches: Any) -> None:
-    """Wait until a child is there and waits."""
-    with anyio.fail_after(20):
-        while run_id not in [view.id for view in await runtime.list()]:
-            await anyio.sleep(0.005)
-    await reaches(await runtime.get(run_id), "waiting")
 
 
 async def test_a_parent_makes_room_for_its_child(open_runtime: Any) -> None:

@@ -86,7 +86,9 @@ async def test_a_live_position_is_on_disk(open_runtime: Any) -> None:
         await read(run, seen)
     for index, event in enumerate(seen):
         if event.type in PASSING:
-            assert not [item for item in kept(seen[index:]) if item[0] <= event.seq and item[1] != "run_finished"], event
+            assert not [item for item in kept(seen[index:]) if item[0] <= event.seq and item[1] != "run_finished"], (
+                event
+            )
 
 
 async def test_waiting_and_going_on_are_events(open_runtime: Any, reaches: Any) -> None:

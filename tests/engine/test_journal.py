@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import anyio
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import Connection
 
 from ridethrough import StoreError, gather, step, wait_for, workflow
+from ridethrough.runtime.execution import RunInfo
 from ridethrough.runtime.journal import Fenced, Unit
 from ridethrough.runtime.store import RUNS, STEPS
 
@@ -36,8 +38,6 @@ async def stall(runtime: Any, release: Any) -> None:
 
 async def test_one_bad_unit_fails_alone(open_runtime: Any) -> None:
     """The others of its batch are written, whatever kinds they are: rows, large values, endings, operations."""
-    import threading
-
     release = threading.Event()
 
     @step
@@ -62,7 +62,7 @@ async def test_one_bad_unit_fails_alone(open_runtime: Any) -> None:
         run = await runtime.start(both, id="r")
         await stall(runtime, release)
         with anyio.fail_after(20):
-            while len(calls) < 3:
+            while len(calls) < 3:  # noqa: ASYNC110
                 await anyio.sleep(0.005)
         await anyio.lowlevel.checkpoint()
         unit = runtime.worker.journal.put(Unit("", -1, operation=bad))
@@ -77,8 +77,6 @@ async def test_one_bad_unit_fails_alone(open_runtime: Any) -> None:
 
 async def test_a_large_ending_beside_a_bad_unit(open_runtime: Any) -> None:
     """An operation that is repeated because a batch failed must find its input as it was."""
-    from ridethrough.runtime.execution import RunInfo
-
     async with open_runtime() as runtime:
         await runtime.start(waiting, id="r")
         worker = runtime.worker
@@ -99,7 +97,7 @@ async def test_a_large_ending_beside_a_bad_unit(open_runtime: Any) -> None:
         assert len(data) == 100_002
 
 
-async def test_an_old_fence_writes_nothing(open_runtime: Any, reaches: Any) -> None:
+async def test_an_old_fence_writes_nothing(open_runtime: Any, eventually: Any) -> None:
     """Neither rows nor operations nor endings; and the run here ends without a trace."""
     gate, entered = anyio.Event(), anyio.Event()
 
@@ -127,9 +125,12 @@ async def test_an_old_fence_writes_nothing(open_runtime: Any, reaches: Any) -> N
             with pytest.raises(Fenced):
                 await runtime.worker.journal.write(unit)
         gate.set()
-        with anyio.fail_after(20):
-            while runtime.worker.resident.get("r") is not None and runtime.worker.resident["r"].info.fence == 1:
-                await anyio.sleep(0.005)
+
+        async def let_go() -> bool:
+            execution = runtime.worker.resident.get("r")
+            return execution is None or execution.info.fence != 1
+
+        await eventually(let_go)
         rows = await runtime.store.read(lambda connection: connection.execute(RUNS.select()).all())
         steps = await runtime.store.read(lambda connection: connection.execute(STEPS.select()).all())
         assert [(row.tenant, row.result) for row in rows] == [(None, None)]

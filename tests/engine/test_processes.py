@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ridethrough.runtime.testing import Ledger
 
 pytestmark = [pytest.mark.anyio, pytest.mark.processes]
 
-PROGRAM = '''
+PROGRAM = """
 import logging, os, sys
 from pathlib import Path
 import anyio
@@ -55,7 +55,7 @@ async def main() -> None:
 
 if __name__ == "__main__":
     anyio.run(main)
-'''
+"""
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def program(tmp_path: Path, url: str) -> Callable[..., Any]:
     file.write_text(textwrap.dedent(PROGRAM))
 
     @contextmanager
-    def start(count: int = 5, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    def start(count: int = 5, **environment: str) -> Generator[subprocess.Popen[str]]:
         command = [sys.executable, str(file), url, str(tmp_path / "ledger"), str(count)]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
@@ -96,7 +96,7 @@ def state(process: subprocess.Popen[str]) -> str:
 async def until(question: Callable[[], bool]) -> None:
     """Wait for something outside of this process."""
     with anyio.fail_after(30):
-        while not question():
+        while not question():  # noqa: ASYNC110 - other processes set no event
             await anyio.sleep(0.01)
 
 
@@ -163,7 +163,7 @@ async def test_two_at_once(program: Any, open_runtime: Any, tmp_path: Path) -> N
 
 
 async def test_resumed_in_a_process_that_must_import_it(program: Any, open_runtime: Any, tmp_path: Path) -> None:
-    """The run knows where its workflow comes from; if it is not there any more, the error says so and nothing is lost."""
+    """The run knows where its workflow comes from; if that is gone, the error says so and nothing is lost."""
     with program(5, RIDETHROUGH_KILL_AT="step.after_call:3") as first:
         await until(lambda: first.poll() is not None)
     file = tmp_path / "program.py"

@@ -202,7 +202,10 @@ async def test_retries_and_timeout(open_runtime: Any) -> None:
         run = await runtime.start(both)
         assert await run.result() == 2
         steps = (await runtime.describe(run.id)).steps
-        assert [(item.name, item.status, item.attempts) for item in steps] == [("slow", "failed", 1), ("flaky", "done", 2)]
+        assert [(item.name, item.status, item.attempts) for item in steps] == [
+            ("slow", "failed", 1),
+            ("flaky", "done", 2),
+        ]
 
 
 async def test_an_int_stands_for_a_float(open_runtime: Any) -> None:
