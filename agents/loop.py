@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
-from anyio.lowlevel import RunVar
 from pydantic_core import PydanticSerializationError
 from sqlalchemy import Connection
 
@@ -53,7 +52,15 @@ from ridethrough.runtime.router.messages import (
     Usage,
     UserMessage,
 )
-from ridethrough.tools.call import Limiters, Request, ToolResult, call_tool, recorded_result, refuse_call
+from ridethrough.tools.call import (
+    Limiters,
+    Request,
+    ToolResult,
+    call_tool,
+    process_limiters,
+    recorded_result,
+    refuse_call,
+)
 from ridethrough.tools.output import READ_TOOL, cap_output, render_output
 from ridethrough.tools.schema import OutputInvalid, validate_output
 from ridethrough.tools.tool import Tool, tool
@@ -65,18 +72,6 @@ _RESPONSE = Codec(ModelResponse, "a model's answer")
 _TEXT = Codec(str, "instructions")
 _REASON = Codec(str | None, "the reason of a guardrail")
 _POSITION = Codec(int, "the position in a session")
-_process_limiters: RunVar[Limiters] = RunVar("ridethrough_limiters")
-"""One set for each event loop: a semaphore belongs to the loop that it was made in."""
-
-
-def process_limiters() -> Limiters:
-    """The limiters of tools with ``concurrency``."""
-    found = _process_limiters.get(None)
-    if found is None:
-        found = Limiters()
-        _process_limiters.set(found)
-    return found
-
 
 M = TypeVar("M", bound=Message)
 
@@ -261,8 +256,9 @@ class Conversation:
                 await self._wait_for_mending(path, error)
 
     async def _wait_for_mending(self, path: str, error: ConfigError) -> None:
-        """The configuration is wrong (a key that is not set, a route that is not there): that is no answer of the model,
-        so nothing is recorded. The run is paused until a person has mended it and resumes the run.
+        """The configuration is wrong: a key is not set, a route is not there. Pause until a person has mended it.
+
+        That is no answer of the model, so nothing is recorded.
         """
         execution, text = self.execution, preview(str(error), 500)
         if path in execution.waits or self._waited == path:

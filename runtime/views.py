@@ -198,7 +198,7 @@ def show_run(store: Store, connection: Connection, run_id: str, *, steps: bool) 
         worker=None if holder is None else lease.describe(holder),
     )
     view.waits = _waits_by_run(store.waits(connection, [run_id])).get(run_id, [])
-    view.children = [child.id for child in store.runs(connection, parent=run_id, limit=None)]
+    view.children = [child.id for child in reversed(store.runs(connection, parent=run_id, limit=None))]
     if steps:
         view.steps = _steps(store, connection, run_id)
     return view

@@ -294,7 +294,7 @@ class Worker:
         self.poke()
 
     def _load(self, connection: Connection, claim: Claim) -> tuple[Any, ...]:
-        if claim.seq == 0 and not claim.recoveries:
+        if claim.seq == 0 and claim.row.started_at is None:  # a new one; a started one may have intents and waits
             return (), (), (), self._input(connection, claim.row)
         run_id, store = claim.row.id, self.store
         rows = store.journal(connection, run_id), store.waits(connection, [run_id]), store.intents(connection, run_id)

@@ -24,6 +24,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import anyio
+from anyio.lowlevel import RunVar
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
@@ -37,7 +38,18 @@ from ridethrough.runtime.errors import (
 )
 from ridethrough.runtime.events import EventBase, ToolCallStarted
 from ridethrough.runtime.execution import Branch, Execution, Inside, Outcome, call_digest, call_id, stand
-from ridethrough.runtime.payload import Codec, content_hash, describe_error, digest_of, preview, storable
+from ridethrough.runtime.payload import (
+    Codec,
+    canonical,
+    content_hash,
+    describe_error,
+    digest_of,
+    dump_error,
+    load_error,
+    preview,
+    result_codec,
+    storable,
+)
 from ridethrough.runtime.router.messages import Usage
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
@@ -61,6 +73,8 @@ class ToolResult(BaseModel):
     is_error: bool = False
     artifact: str | None = None
     """The handle of the whole output, where ``content`` is shortened."""
+    value: str | None = None
+    """The value itself as JSON text, for the workflow that made the call."""
     usage: Usage | None = None
     """What an agent in the place of a tool has consumed."""
     cost_usd: float | None = None
@@ -94,6 +108,19 @@ class Limiters:
         if found is None:
             found = self._semaphores[tool] = anyio.Semaphore(size)
         return found
+
+
+_process_limiters: RunVar[Limiters] = RunVar("ridethrough_limiters")
+"""One set for each event loop: a semaphore belongs to the loop that it was made in."""
+
+
+def process_limiters() -> Limiters:
+    """The limiters of tools with ``concurrency``."""
+    found = _process_limiters.get(None)
+    if found is None:
+        found = Limiters()
+        _process_limiters.set(found)
+    return found
 
 
 class Request:
@@ -194,11 +221,13 @@ class _Call:
         self.process = process
         self.outcome = Outcome(agent=branch.agent)
         self.started = self.execution.services.clock.now()
+        self.failure: str | None = None
 
     async def perform(self) -> ToolResult:
         result, failure = await self._result()
         if failure is not None:
             failure = _bounded(failure, result.content)
+            self.failure = dump_error(failure)
         await self.execution.record(
             self.request.path,
             self.tool.name,
@@ -417,6 +446,51 @@ class _Call:
                 call_soon(self._announce_start, {}, text)
 
         return take
+
+
+class _DirectCall(_Call):
+    """A call that the workflow's own code makes: typed arguments in, the typed value or the error out."""
+
+    def __init__(self, branch: Branch, request: Request, digest: str, arguments: dict[str, Any], codec: Codec) -> None:
+        super().__init__(branch, request, digest, None, Limiters(), process_limiters())
+        self.arguments = arguments
+        self.codec = codec
+
+    async def _result(self) -> tuple[ToolResult, Exception | None]:
+        try:
+            refusal = await self._approval(self.arguments)
+            if refusal is not None:
+                raise ToolFailed(refusal.content)
+            found = await self._run(self.arguments)
+            text, value = self.codec.settle(found.value if isinstance(found, _Known) else found)
+            return ToolResult(content=preview(render_output(value, self.tool.name), 2000), value=text), None
+        except Exception as error:
+            return ToolResult(content=storable(preview(_told(error), self.tool.max_output)), is_error=True), error
+
+
+async def call_from_workflow(branch: Branch, tool: Tool[..., Any], args: Any, kwargs: Any) -> Any:
+    """Perform ``await tool(...)`` in a workflow: recorded, and for a write started at most once, as for a model's call.
+
+    Raises:
+        ToolFailed: a person refused it.
+        ToolInterrupted: it was interrupted by a crash, and nobody knows whether it took effect.
+    """
+    bound = inspect.signature(tool.function).bind_partial(*args, **kwargs)
+    arguments = {name: value for name, value in bound.arguments.items() if name != tool.parameters.context}
+    execution, path = branch.execution, branch.next(tool.name)
+    request = Request(tool, plain_arguments(canonical(arguments)), path, branch)
+    codec, digest = result_codec(tool.function, f"tool {tool.name}"), digest_of(request.asked)
+    row = execution.recorded(path, "tool", digest, request.asked)
+    if row is not None:
+        execution.abandoned.append(f"{path}/")
+        result, error = await recorded_result(execution, row), row.error
+    else:
+        await execution.before_live(branch, path, "tool", digest)
+        call = _DirectCall(branch, request, digest, arguments, codec)
+        result, error = await call.perform(), call.failure
+    if error is not None:
+        raise load_error(error)
+    return codec.load(result.value or "null")
 
 
 class _Known:

@@ -15,11 +15,12 @@ import inspect
 import json
 import math
 import re
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, ParamSpec, TypeAlias, TypeVar, cast, get_args, overload
 
-from ridethrough.runtime.errors import ConfigError
+from ridethrough.runtime.errors import ConfigError, UsageError
 from ridethrough.tools.schema import ParameterSchema
 
 P = ParamSpec("P")
@@ -93,8 +94,22 @@ class Tool(Generic[P, R]):
         self._look_like_the_function()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function directly, outside of any run."""
-        return self.function(*args, **kwargs)
+        """Call the function; in a workflow's own code the call is recorded like a model's call.
+
+        Raises:
+            UsageError: in a workflow, if the function is not async: nothing could record the call.
+        """
+        branch = _branch_of_caller()
+        if branch is None:
+            return self.function(*args, **kwargs)
+        if not self.is_async:
+            raise UsageError(
+                f"tool {self.name} is no async function, so a call in a workflow could not be recorded. Write `async "
+                f"def`, or give it to an agent, or run it as a step: await step({self.name}.function, ...)"
+            )
+        from ridethrough.tools.call import call_from_workflow
+
+        return cast(R, call_from_workflow(branch, self, args, kwargs))
 
     def __repr__(self) -> str:
         return f"Tool({self.name!r}, effect={self.effect!r})"
@@ -187,6 +202,14 @@ def tool(
         )
 
     return decorate(name) if callable(name) else decorate
+
+
+def _branch_of_caller() -> Any:
+    """The branch of the workflow that calls; ``None`` outside. Without the engine loaded nobody is in a workflow."""
+    execution = sys.modules.get("ridethrough.runtime.execution")
+    if execution is None or type(execution.position()) is not execution.Branch:
+        return None
+    return execution.current_branch("a tool")
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ridethrough.agents.agent import AgentResult as AgentResult
     from ridethrough.agents.agent import Limits as Limits
     from ridethrough.agents.agent import RunContext as RunContext
+    from ridethrough.agents.guardrail import guardrail as guardrail
     from ridethrough.runtime.clock import FakeClock as FakeClock
     from ridethrough.runtime.clock import SystemClock as SystemClock
     from ridethrough.runtime.errors import *  # noqa: F403
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "agents.agent": ("Agent", "AgentResult", "Limits", "RunContext"),
+    "agents.guardrail": ("guardrail",),
     "runtime.clock": ("FakeClock", "SystemClock"),
     "runtime.errors": (
         "Auth", "BudgetExceeded", "ConfigError", "ContentFilter", "ContextLength", "Diverged", "Error",
