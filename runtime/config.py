@@ -318,6 +318,7 @@ def _dotted(location: _Location) -> str:
 def _explain(source: _Source, error: ValidationError) -> ConfigError:
     """Build one error of the first thing that is wrong, and say how many there are."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")  # a misspelt key makes others seem missing
     first = _problem(source, problems[0])
     if len(problems) > 1:
         return ConfigError(f"{first.message} (and {len(problems) - 1} more)")

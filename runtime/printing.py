@@ -98,7 +98,14 @@ def _run_row(run: RunView) -> tuple[str, ...]:
     calls = str(run.usage.model_calls) if run.usage.model_calls else "-"
     remark = shortened(f"{run.error.type}: {run.error.message}", 60) if run.error else _waits(run)
     took = seconds(_elapsed(run)) if run.started_at else "-"
-    return run.id, run.workflow, run.status, when(run.created_at), took, calls, dollars(run.cost_usd), remark
+    return run.id, run.workflow, run.status, when(run.created_at), took, calls, cost_of(run), remark
+
+
+def cost_of(run: RunView) -> str:
+    """What a run has cost, and whether that is all of it: an unknown price is never zero."""
+    if not run.usage.unpriced_calls:
+        return dollars(run.cost_usd)
+    return f"{dollars(run.cost_usd)} + ?" if run.cost_usd else "?"
 
 
 def _elapsed(run: RunView) -> float:
@@ -131,7 +138,10 @@ def describe_wait(wait: WaitView) -> str:
         case "child":
             return f"child run {wait.name}"
         case "model":
-            return f"the models ({wait.name}){until}"
+            why = f": {shortened(wait.question, 160)}" if wait.question else ""
+            if wait.name == "configuration":
+                return f"a mended configuration{why}"
+            return f"the models ({wait.name}){until}{why}"
         case _:
             return f"{wait.kind} {wait.name}{until}"
 
@@ -151,6 +161,8 @@ def answers(blocker: Blocker, options: Options) -> Iterator[str]:
     elif wait.kind in ("signal", "question"):
         yield f"# {describe_wait(wait)}"
         yield options.command("signal", run_id, wait.name, _example(wait.value_schema or {}))
+    elif wait.kind == "model":
+        yield f"# {describe_wait(wait)}"
 
 
 def _example(schema: dict[str, Any]) -> str:
@@ -169,7 +181,7 @@ def summary(run: RunView) -> str:
     usage = run.usage
     parts = [counted(len(run.steps or ()), "step"), counted(usage.model_calls, "model call")]
     if usage.model_calls:
-        parts += [f"{tokens(usage.input_tokens)} + {tokens(usage.output_tokens)} tokens", dollars(run.cost_usd)]
+        parts += [f"{tokens(usage.input_tokens)} + {tokens(usage.output_tokens)} tokens", cost_of(run)]
     if run.recoveries:
         parts.append(counted(run.recoveries, "recovery", "recoveries"))
     return f"{run.id}: {run.status}; {', '.join(parts)}; {seconds(_elapsed(run))}"

@@ -113,6 +113,7 @@ class Runtime(Launcher):
         self._roots = roots
         self._grace = grace
         self._stack = AsyncExitStack()
+        self._opened = False
         self._router: Router | None = None
         self._router_error: Exception | None = None
         self._router_opening: anyio.Event | None = None
@@ -167,6 +168,15 @@ class Runtime(Launcher):
 
     async def __aenter__(self) -> Self:
         """Open the database and start the worker."""
+        try:
+            await self._open()
+        except BaseException:  # there is no __aexit__ for what was not entered: leave no task, thread or connection
+            await self._close(0.0)
+            raise
+        self._token = open_runtime.set(self)
+        return self
+
+    async def _open(self) -> None:
         backend = current_backend()
         await anyio.to_thread.run_sync(self.store.prepare)
         self.worker = Worker(
@@ -181,9 +191,8 @@ class Runtime(Launcher):
             roots=self._roots,
         )
         self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
+        self._opened = True
         await self.worker.start(self._tasks, serve=self._serve)
-        self._token = open_runtime.set(self)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -195,15 +204,20 @@ class Runtime(Launcher):
                 open_runtime.reset(with_token)
             except ValueError:  # left in another context than entered, as pytest's fixtures do
                 open_runtime.set(None)
-        with anyio.CancelScope(shield=True):
-            await self.worker.stop(0.0 if kind is not None and not issubclass(kind, Exception) else self._grace)
-            await self._close_router()
-        self._tasks.cancel_scope.cancel()
+        await self._close(0.0 if kind is not None and not issubclass(kind, Exception) else self._grace)
+
+    async def _close(self, grace: float) -> None:
         try:
+            if self._opened:
+                with anyio.CancelScope(shield=True):
+                    await self.worker.stop(grace)
+                    await self._close_router()
+                self._tasks.cancel_scope.cancel()
             await self._stack.__aexit__(None, None, None)
         finally:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self.worker.journal.close)
+                if self._opened:
+                    await anyio.to_thread.run_sync(self.worker.journal.close)
                 await anyio.to_thread.run_sync(self.store.close)
 
     # --- the router -------------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ class Store:
         return connection.execute(query.order_by(RUNS.c.created_at, RUNS.c.id)).all()
 
     def usage(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, StoredRow]:
-        """Sums over the model calls of each run: ``input_tokens, output_tokens, model_calls, cost_usd``."""
+        """Sums over the model calls of each run: tokens, calls, cost, and calls of unknown price."""
         query = (
             select(
                 STEPS.c.run_id,
@@ -264,6 +264,7 @@ class Store:
                 func.coalesce(func.sum(STEPS.c.output_tokens), 0).label("output_tokens"),
                 func.count().label("model_calls"),
                 func.coalesce(func.sum(STEPS.c.cost_usd), 0.0).label("cost_usd"),
+                (func.count() - func.count(STEPS.c.cost_usd)).label("unpriced_calls"),
             )
             .where(STEPS.c.run_id.in_(run_ids), STEPS.c.kind == "model", STEPS.c.attempts > 0)
             .group_by(STEPS.c.run_id)

@@ -51,6 +51,8 @@ class UsageView(BaseModel):
     input_tokens: int = 0
     output_tokens: int = 0
     model_calls: int = 0
+    unpriced_calls: int = 0
+    """Those whose price is not known: ``cost_usd`` is without them."""
 
 
 class StepView(BaseModel):
@@ -166,6 +168,7 @@ def _run_view(row: Any, usage: Any, *, input: Any = None, result: Any = None, wo
             input_tokens=usage.input_tokens or 0,
             output_tokens=usage.output_tokens or 0,
             model_calls=usage.model_calls or 0,
+            unpriced_calls=usage.unpriced_calls or 0,
         ),
     )
 
@@ -299,8 +302,8 @@ def outlook(store: Store, connection: Connection, run_id: str, now: float) -> Ou
         return Outlook(state="works")
     own = _waits_by_run(store.waits(connection, [run_id])).get(run_id, [])
     found = [Blocker(run_id=run_id, wait=wait) for wait in own if wait.kind != "child"]
-    if row.pause_reason == "operator":
-        return Outlook(state="stuck", reason="operator", blockers=found)
+    if row.pause_reason in ("operator", "quota"):  # a used-up quota is looked at now and then, but a person has to act
+        return Outlook(state="stuck", reason=row.pause_reason, blockers=found)
     children = [outlook(store, connection, wait.name, now) for wait in own if wait.kind == "child"]
     if any(child.state in ("works", "ended") for child in children):
         return Outlook(state="works")

@@ -126,7 +126,6 @@ async def test_full_disk(tmp_path: Path) -> None:
         assert calls == ["first", "second"]
 
 
-@pytest.mark.xfail(run=False, reason="Runtime.__aenter__ does not undo what it had begun when it is cancelled or fails")
 async def test_opening_on_a_full_disk(tmp_path: Path) -> None:
     """The error comes out as it is, and no thread is left."""
     with small_disk(tmp_path, 700) as disk:
