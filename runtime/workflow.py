@@ -288,9 +288,10 @@ class Step(Generic[P, R]):
         raise TimeoutError(f"Step {self.name} took longer than its timeout of {self.timeout:g} s.")
 
     async def _call(self, args: Any, kwargs: Any) -> Any:
+        function: Callable[..., Any] = self.function
         if self._async:
-            return await self.function(*args, **kwargs)
-        return await run_in_thread(lambda: self.function(*args, **kwargs))
+            return await function(*args, **kwargs)
+        return await run_in_thread(lambda: function(*args, **kwargs))
 
 
 def backoff(attempt: int, base: float = 0.2, longest: float = 30.0) -> float:

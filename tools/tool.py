@@ -109,7 +109,7 @@ class Tool(Generic[P, R]):
             )
         from ridethrough.tools.call import call_from_workflow
 
-        return cast(R, call_from_workflow(branch, self, args, kwargs))
+        return cast(R, call_from_workflow(branch, cast(Any, self), args, kwargs))
 
     def __repr__(self) -> str:
         return f"Tool({self.name!r}, effect={self.effect!r})"

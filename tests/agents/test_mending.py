@@ -18,8 +18,9 @@ pytestmark = pytest.mark.anyio
 async def reaches(runtime: Runtime, run_id: str, status: str) -> Any:
     """Wait until the run has the status."""
     with anyio.fail_after(20):
-        while (await runtime.describe(run_id)).status != status:
-            await anyio.sleep(0.01)
+        async for event in runtime.events(run_id):
+            if event.type == "run_paused" and (await runtime.describe(run_id)).status == status:
+                break
     return await runtime.describe(run_id)
 
 
@@ -58,7 +59,7 @@ async def test_a_call_may_be_approved_by_the_path_of_its_step(tmp_path: Path) ->
     async def fire() -> str:
         return "fired"
 
-    script = Script().rule(Answer(calls=[Call("fire", {})]), turn=0).rule("done")
+    script = Script().rule(Answer(calls=(Call("fire", {}),)), turn=0).rule("done")
     async with SimulatedProvider(script) as provider:
         config = parse_config(f'[providers.p]\nkind = "openai"\nbase_url = "{provider.base_url}"\n')
         agent = Agent("shooter", model="p/m", tools=[fire])
