@@ -134,6 +134,20 @@ def pause(store: Store, connection: Connection, run_id: str, now: float) -> str:
     return "paused"
 
 
+def require_free(store: Store, connection: Connection, row: StoredRow, me: str | None) -> None:
+    """See that no other live process holds the run.
+
+    Raises:
+        RunBusy: one does; the message names it.
+    """
+    holder = owner(store, connection, row)
+    if holder is not None and holder.id != me:
+        who, run_id = lease.describe(holder), row.id
+        raise RunBusy(
+            f"Run {run_id} is being executed by {who}. Follow it: ridethrough events {run_id} --follow", run_id, who
+        )
+
+
 def resume(store: Store, connection: Connection, run_id: str, now: float, me: str | None) -> StoredRow:
     """Make a parked, queued or orphaned run one that may be claimed now.
 
@@ -145,12 +159,7 @@ def resume(store: Store, connection: Connection, run_id: str, now: float, me: st
     if row.status in FINAL:
         _revive(store, connection, row, now)
         return require(store, connection, run_id)
-    holder = owner(store, connection, row)
-    if holder is not None and holder.id != me:
-        who = lease.describe(holder)
-        raise RunBusy(
-            f"Run {run_id} is being executed by {who}. Follow it: ridethrough events {run_id} --follow", run_id, who
-        )
+    require_free(store, connection, row, me)
     wanted = "cancel" if row.wanted == "cancel" else None  # a pause is withdrawn by this, a promise to cancel is not
     if row.worker_id is None:
         store.update_run(connection, run_id, wake_at=now, wanted=wanted)

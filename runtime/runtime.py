@@ -475,14 +475,19 @@ class Runtime(Launcher):
             ids = await self.store.read(lambda connection: views.unfinished(self.store, connection))
             return [await self.resume(item) for item in ids]
         me, now = self.worker.worker_id, self.clock.now()
-        row = await self.store.read(lambda connection: control.require(self.store, connection, run_id))
-        workflow = self.worker.workflow(row)
+        row = await self.store.read(lambda connection: self._free_run(connection, run_id, me))
+        workflow = self.worker.workflow(row)  # imports it, if need be; not before it is known to be ours to execute
         await self.worker.journal.do(lambda connection: control.resume(self.store, connection, run_id, now, me))
         self.worker.local.setdefault(row.workflow, workflow)
         self.worker.accept(row.root_id)
         if self._serve and run_id not in self.worker.resident:
             await self.worker.take(run_id)
         return Run(self, run_id, workflow)
+
+    def _free_run(self, connection: Connection, run_id: str, me: str) -> StoredRow:
+        row = control.require(self.store, connection, run_id)
+        control.require_free(self.store, connection, row, me)
+        return row
 
     async def cancel(self, run_id: str) -> str:
         """Cancel a run and its children; its status now (``running`` until its worker has obeyed).

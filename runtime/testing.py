@@ -13,7 +13,8 @@ Use it on workflows of your own, or on the engine itself:
   * the outcome of every run is the one of the undisturbed program;
   * an effect whose step was committed is never started again, and within one process no effect starts twice;
   * a ``write`` starts at most once, whatever happens;
-  * all attempts of an ``idempotent`` call see the same key;
+  * all attempts of a call see the same key and the same id (of a model call: the same conversation);
+  * what is on record has happened;
   * the database is sound and nothing in it contradicts itself.
 
 From the command line (everything follows from the seed except the scheduling of the machine)::
@@ -92,18 +93,23 @@ class Ledger:
             os.close(handle)
 
     @contextmanager
-    def effect(self, effect: str, run_id: str, call: str, key: str | None = None) -> Generator[None]:
+    def effect(
+        self, effect: str, run_id: str, call: str, key: str | None = None, call_id: str | None = None
+    ) -> Generator[None]:
         """Write down that an effect starts, and afterwards that it has finished.
 
         Args:
             effect: ``step``, ``read``, ``idempotent``, ``write`` or ``model``.
             run_id: The run that it belongs to.
-            call: What tells it from the run's other effects, the same at every attempt: a step's path, a call's id.
-            key: The idempotency key that it was given.
+            call: What tells it from the run's other effects, the same at every attempt. ``call_of`` must find it in
+                the recorded step.
+            key: The idempotency key that it was given; of a model call, a digest of what was asked.
+            call_id: The engine's own name for it.
         """
-        self.write("start", effect=effect, run=run_id, call=call, key=key)
+        fields = {"effect": effect, "run": run_id, "call": call, "key": key, "id": call_id}
+        self.write("start", **fields)
         yield
-        self.write("finish", effect=effect, run=run_id, call=call, key=key)
+        self.write("finish", **fields)
 
     def read(self) -> list[Entry]:
         """All entries, oldest first."""
@@ -546,13 +552,32 @@ def _write_committed(plan: Plan) -> None:
     """What is on disk before this life begins: none of it may be executed again."""
     if not (plan.directory / "runs.db").exists():
         return
-    with closing(sqlite3.connect(plan.directory / "runs.db")) as connection:
-        try:
-            rows = connection.execute("SELECT run_id, asked FROM steps WHERE name = 'work'").fetchall()
-        except sqlite3.OperationalError:
-            return  # killed before there were tables
-    calls = [[run_id, json.loads(asked)[1]] for run_id, asked in rows]
+    try:
+        calls = _recorded(plan)
+    except sqlite3.OperationalError:
+        return  # killed before there were tables
     current_ledger().write("committed", calls=calls)
+
+
+def _recorded(plan: Plan) -> list[tuple[str, str]]:
+    """The effects that are on record, by their runs and their names in the ledger."""
+    with closing(sqlite3.connect(plan.directory / "runs.db")) as connection:
+        rows = connection.execute("SELECT run_id, kind, name, asked, model FROM steps").fetchall()
+    found = ((run_id, call_of(kind, name, asked, model)) for run_id, kind, name, asked, model in rows)
+    return [(run_id, call) for run_id, call in found if call is not None]
+
+
+def call_of(kind: str, name: str, asked: str | None, model: str | None) -> str | None:
+    """The name in the ledger of the effect behind a recorded step, if it is one.
+
+    A model call has it as the model's name, a tool call as its argument ``call``.
+    """
+    if kind == "model":
+        return model
+    if kind == "tool":
+        found = json.loads(asked or "{}").get("call")
+        return None if found is None else str(found)
+    return str(json.loads(asked or "")[1]) if name == "work" else None
 
 
 async def _run(runtime: Runtime, plan: Plan, run_id: str, program: Node) -> None:
@@ -618,6 +643,14 @@ class Report:
     kills: int = 0
     points: dict[str, int] = field(default_factory=dict)
     effects: int = 0
+    started: dict[str, int] = field(default_factory=dict)
+    """Effects that were started, by kind."""
+    interrupted: dict[str, int] = field(default_factory=dict)
+    """Those of them that a kill (or the failure of a sibling) ended in the middle."""
+    settled: int = 0
+    """Interrupted writes of which somebody found out what had become of them."""
+    unknown: int = 0
+    """Interrupted writes of which the workflow was told that nobody knows."""
     runs: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -687,7 +720,19 @@ def _one_round(plan: Plan, chance: random.Random, kills: int, deadline: float, r
         )
     report.runs += len(plan.programs)
     report.violations += [f"{plan.directory.name}: {line}" for line in check(plan)]
-    report.effects += sum(entry["kind"] == "start" for entry in plan.ledger.read())
+    _count(plan.ledger.read(), report)
+
+
+def _count(entries: Iterable[Entry], report: Report) -> None:
+    for entry in entries:
+        if entry["kind"] == "start":
+            report.effects += 1
+            report.started[entry["effect"]] = report.started.get(entry["effect"], 0) + 1
+            report.interrupted[entry["effect"]] = report.interrupted.get(entry["effect"], 0) + 1
+        elif entry["kind"] == "finish":
+            report.interrupted[entry["effect"]] -= 1
+        report.settled += entry["kind"] == "settled"
+        report.unknown += entry["kind"] == "unknown"
 
 
 def _choose_kill(chance: random.Random) -> tuple[str, float]:
@@ -762,6 +807,7 @@ def check(plan: Plan) -> list[str]:
         *_repeated(entries),
         *_wrong_writes(entries),
         *_wrong_keys(entries),
+        *_invented(plan, entries),
         *_unsound(plan),
     ]
 
@@ -807,13 +853,28 @@ def _wrong_writes(entries: Iterable[Entry]) -> Iterator[str]:
 
 
 def _wrong_keys(entries: Iterable[Entry]) -> Iterator[str]:
-    keys: dict[tuple[str, str], set[str]] = defaultdict(set)
+    """Calls that were not the same at every attempt."""
+    keys: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    ids: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     for entry in entries:
-        if entry["kind"] == "start" and entry["effect"] == "idempotent":
-            keys[entry["run"], entry["call"]].add(str(entry["key"]))
-    for call, found in keys.items():
-        if len(found) > 1 or "None" in found:
-            yield f"idempotent {call} saw the keys {sorted(found)}"
+        if entry["kind"] == "start":
+            call = (entry["effect"], entry["run"], entry["call"])
+            keys[call].add(str(entry["key"]))
+            ids[call].add(str(entry.get("id")))
+    for (effect, *call), found in keys.items():
+        if len(found) > 1 or (effect == "idempotent" and "None" in found):
+            yield f"{effect} {tuple(call)} saw the keys {sorted(found)}"
+    for (effect, *call), found in ids.items():
+        if len(found) > 1:
+            yield f"{effect} {tuple(call)} had the ids {sorted(found)}"
+
+
+def _invented(plan: Plan, entries: Iterable[Entry]) -> Iterator[str]:
+    """Effects on record that never happened."""
+    started = {(entry["run"], entry["call"]) for entry in entries if entry["kind"] == "start"}
+    for call in _recorded(plan):
+        if call not in started:
+            yield f"{call} is on record and was never started"
 
 
 def _unsound(plan: Plan) -> Iterator[str]:
