@@ -61,5 +61,5 @@ $(VENV)/dev.stamp: requirements/dev.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/peers.stamp: benchmarks/requirements-peers.txt | $(BIN)/python
 	$(PYTHON) -m venv benchmarks/.venv
-	benchmarks/.venv/bin/python -m pip --disable-pip-version-check --quiet install -r benchmarks/requirements-peers.txt
+	benchmarks/.venv/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r benchmarks/requirements-peers.txt
 	@touch $@

@@ -559,10 +559,10 @@ def _write_committed(plan: Plan) -> None:
     current_ledger().write("committed", calls=calls)
 
 
-def _recorded(plan: Plan) -> list[tuple[str, str]]:
+def _recorded(plan: Plan, where: str = "true") -> list[tuple[str, str]]:
     """The effects that are on record, by their runs and their names in the ledger."""
     with closing(sqlite3.connect(plan.directory / "runs.db")) as connection:
-        rows = connection.execute("SELECT run_id, kind, name, asked, model FROM steps").fetchall()
+        rows = connection.execute(f"SELECT run_id, kind, name, asked, model FROM steps WHERE {where}").fetchall()
     found = ((run_id, call_of(kind, name, asked, model)) for run_id, kind, name, asked, model in rows)
     return [(run_id, call) for run_id, call in found if call is not None]
 
@@ -861,18 +861,19 @@ def _wrong_keys(entries: Iterable[Entry]) -> Iterator[str]:
             call = (entry["effect"], entry["run"], entry["call"])
             keys[call].add(str(entry["key"]))
             ids[call].add(str(entry.get("id")))
-    for (effect, *call), found in keys.items():
+    for (effect, run, name), found in keys.items():
         if len(found) > 1 or (effect == "idempotent" and "None" in found):
-            yield f"{effect} {tuple(call)} saw the keys {sorted(found)}"
-    for (effect, *call), found in ids.items():
+            yield f"{effect} {(run, name)} saw the keys {sorted(found)}"
+    for (effect, run, name), found in ids.items():
         if len(found) > 1:
-            yield f"{effect} {tuple(call)} had the ids {sorted(found)}"
+            yield f"{effect} {(run, name)} had the ids {sorted(found)}"
 
 
 def _invented(plan: Plan, entries: Iterable[Entry]) -> Iterator[str]:
     """Effects on record that never happened."""
     started = {(entry["run"], entry["call"]) for entry in entries if entry["kind"] == "start"}
-    for call in _recorded(plan):
+    # Of an interrupted write nobody need know whether it has started.
+    for call in _recorded(plan, "error IS NULL OR error NOT LIKE '%ToolInterrupted%'"):
         if call not in started:
             yield f"{call} is on record and was never started"
 

@@ -1,7 +1,7 @@
-"""Tools of all three effects and agents, for the programs of ``ridethrough.runtime.testing`` (``--ops tests.kill.ops``).
+"""Tools of all three effects and agents for the programs of ``ridethrough.runtime.testing``: ``--ops tests.kill.ops``.
 
-Every effect is known to the ledger under a name that its program gives it, not under anything of the engine's. So a call
-that the engine takes for another one at its second attempt is found out: two ids or keys under one name.
+Every effect is known to the ledger under a name that its program gives it, not under anything of the engine's. So a
+call that the engine takes for another one at its second attempt is found out: two ids or keys under one name.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ async def settle(asked: CallToSettle) -> str:
     One that has started and not finished gave, by definition, what it would have given.
     """
     call = asked.arguments["call"]
-    here = [line for line in current_ledger().read() if line.get("call") == call and line["run"] == asked.run_id]
+    starts = [(line["run"], line["call"]) for line in current_ledger().read() if line["kind"] == "start"]
     current_ledger().write("settled", effect="write", run=asked.run_id, call=call, id=asked.call_id)
-    if not here:
+    if (asked.run_id, call) not in starts:
         raise NotStarted(call)
     return f"write {call}"
 
@@ -107,6 +107,10 @@ async def shout(call: str, nap: float, ctx: ToolContext) -> str:
     return await touch("write", call, nap, ctx)
 
 
+direct: dict[str, Any] = {"look": look, "put": put, "send": send, "shout": shout}
+"""As a workflow calls them: without the context, which the signature asks for and the engine passes."""
+
+
 class ToolOp:
     """A call of a tool from the workflow's own code."""
 
@@ -132,13 +136,13 @@ class ToolOp:
         """Call it. That nobody knows what became of a write is an outcome like the write's own."""
         call, nap, failing = node["key"], node["nap"], node["failing"]
         if self.effect == "read":
-            return await look(call, nap, failing)
+            return await direct["look"](call, nap, failing)
         if self.effect == "idempotent":
-            return await put(call, nap, failing)
+            return await direct["put"](call, nap, failing)
         if not node["blind"]:
-            return await send(call, nap)
+            return await direct["send"](call, nap)
         try:
-            return await shout(call, nap)
+            return await direct["shout"](call, nap)
         except ToolInterrupted:
             current_ledger().write("unknown", effect="write", run=run_id, call=call)
             return f"write {call}"

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kill import ops
 
 from ridethrough.runtime import testing, testpoints
 
 pytestmark = pytest.mark.processes
+
+ROOT = Path(__file__).parents[2]
 
 
 def seed() -> int:
@@ -32,9 +35,8 @@ def run_campaign(folder: Path, *, rounds: int, kills: int) -> dict[str, Any]:
     chosen = seed()
     print(f"RIDETHROUGH_SEED={chosen}")
     command = [sys.executable, "-m", "ridethrough.runtime.testing", str(folder), "--seed", str(chosen)]
-    done = subprocess.run(
-        [*command, "--rounds", str(rounds), "--kills", str(kills)], capture_output=True, text=True, check=False
-    )
+    command += ["--ops", ops.__name__, "--rounds", str(rounds), "--kills", str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode in (0, 1), done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert not report["violations"], f"RIDETHROUGH_SEED={chosen}\n{done.stderr}"
@@ -46,6 +48,7 @@ def test_killed_anywhere(tmp_path: Path) -> None:
     report = run_campaign(tmp_path, rounds=10, kills=10)
     print(report)
     assert report["kills"] >= 20
+    assert set(report["started"]) == {"step", "model", *ops.EFFECTS}
 
 
 @pytest.mark.soak
@@ -55,6 +58,8 @@ def test_killed_anywhere_for_long(tmp_path: Path) -> None:
     print(report)
     assert report["kills"] >= 300
     assert set(testpoints.POINTS) <= set(report["points"])
+    assert report["settled"] > 0
+    assert report["unknown"] > 0
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -117,6 +122,22 @@ class TestChecker:
             with plan.ledger.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         assert testing.check(plan) == ["idempotent ('run', 'i') saw the keys ['a', 'b']"]
+
+    def test_finds_a_model_call_that_was_made_otherwise(self, tmp_path: Path) -> None:
+        """Two conversations in the place of one."""
+        plan = self.plan(tmp_path)
+        for pid, key in ((1, "a"), (2, "b")):
+            line = {"kind": "start", "pid": pid, "effect": "model", "run": "run", "call": "k1/0", "key": key}
+            with plan.ledger.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        assert testing.check(plan) == ["model ('run', 'k1/0') saw the keys ['a', 'b']"]
+
+    def test_finds_what_is_on_record_and_never_happened(self, tmp_path: Path) -> None:
+        """A ledger without a start that the database tells of."""
+        plan = self.plan(tmp_path)
+        entries = [line for line in plan.ledger.read() if line["kind"] != "start"]
+        plan.ledger.path.write_text("".join(json.dumps(line) + "\n" for line in entries))
+        assert "is on record and was never started" in testing.check(plan)[0]
 
     def test_finds_a_wrong_outcome(self, tmp_path: Path) -> None:
         """Another result than the undisturbed one."""
