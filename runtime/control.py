@@ -7,6 +7,7 @@ torn apart by another process.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -306,11 +307,17 @@ class Claimer:
         would then look like one that this worker had lost, and run twice.
         """
         self._mine = mine
+        self._postponed: dict[str, tuple[int, float]] = {}
         self.accepted: set[str] = set()
         """Roots that somebody resumed by name: their runs are taken whatever the version of their workflow."""
         self._store = store
         self._worker_id = worker_id
         self._known = known
+
+    def postpone(self, run_id: str) -> None:
+        """A write of this run has failed here: try again in 1, 2, 4 ... 60 seconds, not at once and for ever."""
+        count = self._postponed.get(run_id, (0, 0.0))[0] + 1
+        self._postponed[run_id] = (count, time.monotonic() + min(60.0, 2.0 ** (count - 1)))
 
     def something_due(self, connection: Connection, now: float, roots: Sequence[str] | None, orphans: bool) -> bool:
         """Whether a claim would find anything; a read, so that an idle worker writes nothing."""
@@ -344,8 +351,10 @@ class Claimer:
         """Runs whose time has come; not those that this worker has parked but not yet let go of."""
         known = self._known()
         accepted = list(self.accepted)
-        rows = self._store.due(connection, now, known, limit, roots, accepted) if known or accepted else []
-        return [row for row in rows if row.id not in self._mine]
+        # Some of the first may be runs that are parked but not yet let go of: look past them.
+        look = limit + len(self._mine)
+        rows = self._store.due(connection, now, known, look, roots, accepted) if known or accepted else []
+        return [row for row in rows if row.id not in self._mine][:limit]
 
     def _orphans(self, connection: Connection, roots: Sequence[str] | None) -> list[StoredRow]:
         """Runs of dead workers, and of this one that it does not execute (their last write had failed)."""
@@ -354,6 +363,7 @@ class Claimer:
             row
             for row in self._store.held_by_none_of(connection, live)
             if row.id not in self._mine
+            and self._postponed.get(row.id, (0, 0.0))[1] <= time.monotonic()
             and (row.root_id in self.accepted or known.get(row.workflow) == row.version)
             and (roots is None or row.root_id in roots)
         ]

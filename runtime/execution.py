@@ -91,6 +91,10 @@ class Services(Protocol):
         ...
 
 
+class Unwinding(BaseException):
+    """The run has left memory and its code is still being unwound: a step in a shielded ``finally`` ends here."""
+
+
 class Branch:
     """A line of execution inside a run: one task, and a name that every step on it begins with."""
 
@@ -251,6 +255,7 @@ class Execution:
         """Start and end of each step by path, where somebody counts working time."""
         self.parked_for: tuple[str, datetime | None] = ("", None)
         self._parking: anyio.Event | None = None
+        self._ended = anyio.Event()
         self._turns: dict[str, anyio.Lock] = {}
         self._kept = seq
 
@@ -291,7 +296,7 @@ class Execution:
         except Exception as error:
             failure = error
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or is_our_cancellation(error):
+            if isinstance(error, KeyboardInterrupt | Unwinding) or is_our_cancellation(error):
                 raise
             failure = StepFailed(f"Step {path} tried to end its task or the process: {error!r}.", type(error).__name__)
         finally:
@@ -302,6 +307,8 @@ class Execution:
                 text, value = codec.settle(value)
             except SerializationError as error:
                 failure = error
+        if failure is not None and self.ending is not None:
+            await self.halt()  # it failed because it was cut off, which is no result
         await self.record(path, name, kind, digest, asked, started, outcome, text, failure)
         if failure is not None:
             raise payload.settle_error(failure)[1]
@@ -473,6 +480,7 @@ class Execution:
         if self.ending is None:
             self.ending = ending
             self.failure = failure
+            self._ended.set()
         self.scope.cancel()
 
     async def stop(self, ending: Ending, failure: Exception | None = None) -> Any:
@@ -481,16 +489,18 @@ class Execution:
         return await self.halt()
 
     async def halt(self) -> Any:
-        """Wait for the cancellation that is on its way."""
-        await anyio.sleep_forever()
+        """Wait for the cancellation that is on its way; user code that is shielded from it is unwound all the same."""
+        await anyio.lowlevel.checkpoint()
+        raise Unwinding(self.run_id)
 
     async def hold(self) -> None:
         """Stop this branch in front of a step, for good; the run is parked when all of them have stopped."""
         self._let_go()
         try:
-            await anyio.sleep_forever()
+            await self._ended.wait()
         finally:
             self.active += 1
+        await self.halt()
 
     def hold_steps(self, why: Literal["pause", "release"]) -> None:
         """Let running steps finish and start no new ones; then pause the run, or give it back."""
@@ -544,7 +554,10 @@ class Execution:
 
     def _worth_parking(self) -> bool:
         due = self._next_due()
-        return self.holding is not None or due is None or due - self.services.clock.now() > LINGER
+        if self.holding is not None or due is None or due - self.services.clock.now() > LINGER:
+            return True
+        # A child may need this one's place in memory to run at all.
+        return any(wait.kind == "child" for wait in self.blocked.values())
 
     def _next_due(self) -> float | None:
         return min((wait.due for wait in self.blocked.values() if wait.due is not None), default=None)
@@ -762,11 +775,20 @@ class _Group:
         try:
             self.results[index] = await job()
         except Exception as error:
-            if self.on_error == "collect":
-                self.results[index] = error
-            elif self.failed is None:
-                self.failed = (index, error)
-                scope.cancel()
+            self._note(index, error, scope)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | Unwinding) or is_our_cancellation(error):
+                raise
+            # asyncio lets any code raise CancelledError; a task group would drop it, and the branch with it.
+            text = f"Branch {prefix} tried to end its task or the process: {error!r}."
+            self._note(index, StepFailed(text, type(error).__name__), scope)
+
+    def _note(self, index: int, error: Exception, scope: anyio.CancelScope) -> None:
+        if self.on_error == "collect":
+            self.results[index] = error
+        elif self.failed is None:
+            self.failed = (index, error)
+            scope.cancel()
 
     async def _settle_failure(self, index: int, error: Exception) -> None:
         """Record that this branch was the first to fail, then raise its error as it is."""

@@ -102,6 +102,10 @@ class Journal:
         self._queue.put(_CLOSE)
         self._thread.join()
 
+    def stop_beating(self) -> None:
+        """Let the lease be: the worker is about to sign off. For the journal's own thread."""
+        self._heartbeat = None
+
     def put(self, unit: Unit) -> Unit:
         """Queue a unit without waiting for it."""
         if self._closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from ridethrough.runtime.backend import current_backend
 from ridethrough.runtime.clock import Clock, SystemClock
 from ridethrough.runtime.config import Config, load_config
 from ridethrough.runtime.control import Decision
-from ridethrough.runtime.errors import ConfigError, NotFound, RunCancelled, RunConflict, RunFailed, UsageError
+from ridethrough.runtime.errors import ConfigError, NotFound, RunBusy, RunCancelled, RunConflict, RunFailed, UsageError
 from ridethrough.runtime.events import Event
 from ridethrough.runtime.execution import Branch, Launcher, position
 from ridethrough.runtime.journal import Unit
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DEFAULT_DATABASE = "sqlite:///ridethrough.db"
+log = logging.getLogger("ridethrough")
 GRACE_SECONDS = 5.0
 """How long running steps may go on when a runtime closes, before they are cut off (and repeated on resume)."""
 
@@ -292,7 +294,7 @@ class Runtime(Launcher):
         now = self.clock.now()
         here = (
             self._serve
-            and len(self.worker.resident) < self.worker.concurrency
+            and len(self.worker.mine) < self.worker.concurrency
             and (self._roots is None or run_id in self._roots)
         )
         values: dict[str, Any] = {
@@ -364,6 +366,7 @@ class Runtime(Launcher):
                 f"Run {run_id} exists already: {row.workflow} with input {payload.preview(row.input or '')}. "
                 f"Give the new run another id, or start it with the same input to get the old one."
             )
+        self.worker.accept(row.root_id)  # whoever starts it here wants it to go on here, whatever its version
 
     async def run_to_end(self, workflow: Any, arguments: Mapping[str, Any]) -> Any:
         """Start a run of its own and wait for its result."""
@@ -473,7 +476,7 @@ class Runtime(Launcher):
         """
         if run_id is None:
             ids = await self.store.read(lambda connection: views.unfinished(self.store, connection))
-            return [await self.resume(item) for item in ids]
+            return [run for item in ids if (run := await self._resume_if_possible(item)) is not None]
         me, now = self.worker.worker_id, self.clock.now()
         row = await self.store.read(lambda connection: self._free_run(connection, run_id, me))
         workflow = self.worker.workflow(row)  # imports it, if need be; not before it is known to be ours to execute
@@ -483,6 +486,14 @@ class Runtime(Launcher):
         if self._serve and run_id not in self.worker.resident:
             await self.worker.take(run_id)
         return Run(self, run_id, workflow)
+
+    async def _resume_if_possible(self, run_id: str) -> Run[Any] | None:
+        """One of many: a run that cannot be taken up must not keep the others."""
+        try:
+            return await self.resume(run_id)
+        except (NotFound, RunBusy, RunConflict) as error:
+            log.warning("run %s was not taken up: %s", run_id, error)
+            return None
 
     def _free_run(self, connection: Connection, run_id: str, me: str) -> StoredRow:
         row = control.require(self.store, connection, run_id)

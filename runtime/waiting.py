@@ -84,11 +84,13 @@ async def receive(branch: Branch, path: str, question: Question, codec: Codec, t
                 text, outcome.also = found
                 await execution.record(path, question.name, "signal", digest, asked, started, outcome, text, None)
                 return codec.load(text)
-        if not await execution.block(Blocked(path, question.kind, question.name, due)):
+        if due is not None and execution.services.clock.now() >= due:
             failure = TimeoutError(f"No signal {question.name!r} came within {timeout:g} s.")
             outcome.also = execution.closing(path)
             await execution.record(path, question.name, "signal", digest, asked, started, outcome, None, failure)
             raise failure
+        # Whatever ends the wait, look again first: what was sent in time counts.
+        await execution.block(Blocked(path, question.kind, question.name, due))
 
 
 async def _announce(

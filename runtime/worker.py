@@ -171,6 +171,7 @@ class Worker:
             log.warning("worker %s could not sign off: %s", self.worker_id, error)
 
     def _leave_list(self, connection: Connection) -> None:
+        self.journal.stop_beating()
         self.store.give_back(connection, self.worker_id, self.clock.now())
         self.store.delete_worker(connection, self.worker_id)
 
@@ -315,7 +316,8 @@ class Worker:
         """Claim one run now, whatever else is due. A process that only looks leaves it to those that execute."""
         if not self._registered:
             return
-        await self._claim(self.clock.now(), 1, run_id)
+        if len(self.mine) < self.concurrency:  # else it is due, and taken when a place is free
+            await self._claim(self.clock.now(), 1, run_id)
 
     def workflow(self, row: StoredRow) -> Workflow[..., Any]:
         """The definition of a run's workflow: of this process, or imported from where it was recorded.
@@ -377,7 +379,8 @@ class Worker:
                 except BaseException as error:  # one run must not end the process of all
                     if isinstance(error, KeyboardInterrupt) or is_our_cancellation(error):
                         raise
-                    failure = RuntimeError(f"The workflow tried to end its task or the process: {error!r}.")
+                    if execution.ending is None:
+                        failure = RuntimeError(f"The workflow tried to end its task or the process: {error!r}.")
             if execution.ending is None:
                 ended = ended or Ended("failed", error=payload.dump_error(failure or NotFound("no result")))
                 await self._finish(execution, ended)
@@ -389,6 +392,8 @@ class Worker:
             log.warning("run %s: another worker has taken it over; this one has written nothing", execution.run_id)
         finally:
             self.resident.pop(execution.run_id, None)
+            if execution.ending is None:
+                self._claimer.accepted.discard(execution.run_id)
             self.mine.discard(execution.run_id)
             if self._gone is not None:
                 self._gone.set()
@@ -441,6 +446,7 @@ class Worker:
             "b_ref": None,
             "b_error": ended.error,
             "b_at": now,
+            "revivable": execution.ending == "diverged",
         }
         fence, info = execution.info.fence, execution.info
         large = ended.result is not None and len(ended.result) > INLINE_LIMIT
@@ -460,6 +466,8 @@ class Worker:
             self.store.insert_payload(connection, stored["b_ref"], data, now)
         self.store.finish_runs(connection.connection.cursor(), [stored])
         self.store.delete_waits(connection, info.id)
+        if not ending.get("revivable"):
+            self._cancel_children(connection, info.id, now)  # nobody waits for them any more
         if info.parent_id is not None:
             self.store.wake(connection, [info.parent_id], now)
 
@@ -508,6 +516,7 @@ class Worker:
     def _give_up(self, execution: Execution, error: Exception) -> None:
         """The database cannot be written: the run stays as it is on disk, and those who wait are told."""
         log.error("run %s stopped: %s", execution.run_id, error)
+        self._claimer.postpone(execution.run_id)
         awaited = self.awaited.get(execution.run_id)
         if awaited is not None:
             awaited.broken = error

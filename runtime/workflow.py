@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import math
 import random as _random
 import re
 import uuid as _uuid
@@ -456,8 +457,10 @@ _FLOAT, _TIME, _UUID = Codec(float, "random()"), Codec(datetime, "now()"), Codec
 
 async def sleep(delta: timedelta | float) -> None:
     """A durable timer (a ``timedelta`` or seconds): survives the process, costs only a row while it runs."""
-    seconds = delta.total_seconds() if isinstance(delta, timedelta) else float(delta)
-    await sleep_until(current_branch("sleep"), seconds)
+    seconds = _seconds(delta)
+    if seconds is None:
+        raise UsageError("sleep: a timer without an end is none. Use wait_for to wait for something.")
+    await sleep_until(current_branch("sleep"), float(seconds))
 
 
 async def now() -> datetime:
@@ -523,5 +526,19 @@ async def ask(question: str, type: Any = str, timeout: timedelta | float | None 
     return await receive(branch, path, Question("question", path, question), codec, _seconds(timeout))
 
 
+LONGEST = 3650 * 86400.0
+"""Seconds: a wait of more than ten years is a mistake."""
+
+
 def _seconds(delta: timedelta | float | None) -> float | None:
-    return delta.total_seconds() if isinstance(delta, timedelta) else delta
+    """A time limit in seconds; infinity is none.
+
+    Raises:
+        UsageError: it is no number, or longer than ten years.
+    """
+    seconds = delta.total_seconds() if isinstance(delta, timedelta) else delta
+    if seconds is None or seconds == math.inf:
+        return None
+    if not seconds <= LONGEST:
+        raise UsageError(f"A wait of {seconds} seconds cannot be kept: give at most ten years, or no time limit.")
+    return seconds

@@ -261,7 +261,9 @@ class _Call:
 
     async def _approval(self, arguments: dict[str, Any]) -> ToolResult | None:
         """Wait for a person if the tool wants one; the answer to the model if it is no."""
-        wanted = self.tool.approval
+        wanted, path = self.tool.approval, f"{self.request.path}/approval#1"
+        if path in self.execution.replay or path in self.execution.waits:
+            wanted = True  # it was asked for in an earlier life: a predicate must not change its mind
         if callable(wanted):
             answer = wanted(self.request.as_call(arguments))
             wanted = bool(await answer if inspect.isawaitable(answer) else answer)
