@@ -460,7 +460,7 @@ async def sleep(delta: timedelta | float) -> None:
     seconds = _seconds(delta)
     if seconds is None:
         raise UsageError("sleep: a timer without an end is none. Use wait_for to wait for something.")
-    await sleep_until(current_branch("sleep"), float(seconds))
+    await sleep_until(_without_deadline("sleep", "a shorter sleep"), float(seconds))
 
 
 async def now() -> datetime:
@@ -505,7 +505,7 @@ async def wait_for(signal: str, type: Any = Any, timeout: timedelta | float | No
     Raises:
         TimeoutError: nothing came in time.
     """
-    branch = current_branch("wait_for")
+    branch = _without_deadline("wait_for", "wait_for(..., timeout=...)")
     path = branch.next(checked_name(signal, "signal"))
     codec = Codec(type, f"signal {signal}")
     return await receive(branch, path, Question("signal", signal), codec, _seconds(timeout))
@@ -520,10 +520,26 @@ async def ask(question: str, type: Any = str, timeout: timedelta | float | None 
 
     The answer is given with ``ridethrough signal RUN_ID NAME JSON``, where NAME is the step's path (``ask#1``).
     """
-    branch = current_branch("ask")
+    branch = _without_deadline("ask", "ask(..., timeout=...)")
     path = branch.next("ask")
     codec = Codec(type, f"the answer to {path}")
     return await receive(branch, path, Question("question", path, question), codec, _seconds(timeout))
+
+
+def _without_deadline(what: str, instead: str) -> Branch:
+    """The caller's branch, if nothing around it ends with this process.
+
+    Raises:
+        UsageError: the wait stands in a ``move_on_after`` or ``fail_after``: a run that is parked for days would be
+            without that deadline when it comes back.
+    """
+    branch = current_branch(what)
+    if anyio.current_effective_deadline() != math.inf:
+        raise UsageError(
+            f"{what} stands inside a deadline of this process (move_on_after or fail_after), which does not survive "
+            f"parking. Use {instead}, which does."
+        )
+    return branch
 
 
 LONGEST = 3650 * 86400.0

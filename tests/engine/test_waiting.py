@@ -5,12 +5,14 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import anyio
 import pytest
 
 from ridethrough import (
     FakeClock,
     NotFound,
     RunConflict,
+    RunFailed,
     SerializationError,
     ask,
     gather,
@@ -226,3 +228,18 @@ async def test_a_signal_that_comes_while_the_run_parks(open_runtime: Any) -> Non
         for _ in range(40):
             await runtime.signal("r", "n", 1)
         assert await run.result() == 40
+
+
+@workflow(name="cut_from_outside")
+async def cut_from_outside() -> str:
+    with anyio.move_on_after(1.5):
+        return await wait_for("x", str)
+    return "gone"
+
+
+async def test_a_deadline_that_does_not_survive_is_refused(open_runtime: Any) -> None:
+    """It would be lost when the run is parked, and the run would wait for ever."""
+    async with open_runtime() as runtime:
+        run = await runtime.start(cut_from_outside, id="r")
+        with pytest.raises(RunFailed, match=r"wait_for\(\.\.\., timeout="):
+            await run.result()
