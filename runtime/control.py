@@ -332,7 +332,7 @@ class Claimer:
         always: str | None = None,
     ) -> list[Claim]:
         """Take up to ``limit`` runs: orphans first, then what is due; and ``always``, whatever its version."""
-        rows = self._orphans(connection, roots)[:limit]
+        rows = self._orphans(connection, roots)[: max(limit, 0)]
         rows += self._due(connection, now, limit - len(rows), roots) if limit > len(rows) else []
         if always is not None and always not in {row.id for row in rows}:
             row = self._store.run(connection, always)

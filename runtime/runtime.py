@@ -294,7 +294,7 @@ class Runtime(Launcher):
         now = self.clock.now()
         here = (
             self._serve
-            and len(self.worker.mine) < self.worker.concurrency
+            and len(self.worker.mine) + self.worker.reserved < self.worker.concurrency
             and (self._roots is None or run_id in self._roots)
         )
         values: dict[str, Any] = {

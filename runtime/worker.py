@@ -88,6 +88,8 @@ class Worker:
         self.current_task = backend.current_task
         self.journal = Journal(store, backend.call_soon)
         self.resident: dict[str, Execution] = {}
+        self.reserved = 0
+        """Places that a claim under way may fill; ``start`` leaves them free."""
         self.mine: set[str] = set()
         """What this worker executes, is about to execute, or has not let go of yet."""
         self.awaited: dict[str, Awaited] = {}
@@ -201,7 +203,7 @@ class Worker:
 
     async def _look(self) -> None:
         """One look at everything that may concern this worker."""
-        now, free = self.clock.now(), self.concurrency - len(self.resident)
+        now, free = self.clock.now(), self.concurrency - len(self.mine)
         resident = list(self.resident)
         orphans = time.monotonic() - self._last_orphans >= ORPHAN_SECONDS
         found = await self.store.read(lambda connection: self._survey(connection, now, resident, orphans))
@@ -278,13 +280,17 @@ class Worker:
 
     async def _claim(self, now: float, limit: int, always: str | None = None) -> None:
         async with self._claiming:  # two claims at once would each take the other's for runs that this worker has lost
-            roots = self._roots()
+            roots, limit = self._roots(), min(limit, self.concurrency - len(self.mine))
+            self.reserved = max(limit, 1)
             killpoint("claim.before")
-            claims: list[Claim] = await self.journal.do(
-                lambda connection: self._claimer.claim(connection, now, limit, roots, always)
-            )
-            killpoint("claim.after")
-            self.mine.update(claim.row.id for claim in claims)
+            try:
+                claims: list[Claim] = await self.journal.do(
+                    lambda connection: self._claimer.claim(connection, now, limit, roots, always)
+                )
+                killpoint("claim.after")
+                self.mine.update(claim.row.id for claim in claims)
+            finally:
+                self.reserved = 0
             try:
                 loaded = await self.store.read(lambda connection: [self._load(connection, claim) for claim in claims])
             except BaseException:
@@ -317,7 +323,7 @@ class Worker:
         if not self._registered:
             return
         if len(self.mine) < self.concurrency:  # else it is due, and taken when a place is free
-            await self._claim(self.clock.now(), 1, run_id)
+            await self._claim(self.clock.now(), 0, run_id)
 
     def workflow(self, row: StoredRow) -> Workflow[..., Any]:
         """The definition of a run's workflow: of this process, or imported from where it was recorded.

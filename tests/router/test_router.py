@@ -34,12 +34,14 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def config_for(*urls: str, stream: bool = True, extra: str = "", route: str = "", total: float = 5) -> Config:
+def config_for(
+    *urls: str, stream: bool = True, extra: str = "", route: str = "", total: float = 5, slow: float = 0.3
+) -> Config:
     """A route ``r`` over one model at each server, named a, b, ..."""
     text = ""
     names = "abcdef"[: len(urls)]
     for name, url in zip(names, urls, strict=True):
-        limits = f"{{ connect = 2, first_token = 0.3, idle = 0.3, total = {total} }}"
+        limits = f"{{ connect = 2, first_token = {slow}, idle = {slow}, total = {total} }}"
         text += f'[providers.{name}]\nkind = "openai"\nbase_url = "{url}"\n{extra}\n'
         text += f'[models.{name}]\nprovider = "{name}"\nmodel = "m-{name}"\nstream = {str(stream).lower()}\n'
         text += f"timeouts = {limits}\nprice = {{ input = 1, output = 2 }}\n"
@@ -299,7 +301,7 @@ async def test_explain() -> None:
 async def test_many_calls_at_once_are_spread_over_clients() -> None:
     answers: list[ModelResponse] = []
     async with SimulatedProvider(Script(latency=0.05).rule(ANSWER)) as sim:
-        async with Router.open(config_for(sim.base_url, total=30)) as router:
+        async with Router.open(config_for(sim.base_url, total=30, slow=30)) as router:
 
             async def one() -> None:
                 answers.append(await router.complete(ASK, route="r"))
