@@ -49,10 +49,15 @@ def new_run_row(values: Mapping[str, Any]) -> tuple[Any, ...]:
 def add_event(store: Store, connection: Connection, run_id: str, event: EventBase) -> int:
     """Put an event at the end of a run's journal; its position."""
     seq = store.last_seq(connection, run_id) + 1
+    keep_event(store, connection, run_id, seq, event)
+    return seq
+
+
+def keep_event(store: Store, connection: Connection, run_id: str, seq: int, event: EventBase) -> None:
+    """Put an event at a position of a run's journal."""
     data = event.model_dump_json(exclude={"run_id", "seq", "at", "path"})
     row = {"run_id": run_id, "seq": seq, "type": getattr(event, "type", ""), "at": event.at, "path": event.path}
     store.insert_event(connection, {**row, "data": data})
-    return seq
 
 
 def owner(store: Store, connection: Connection, row: StoredRow) -> StoredRow | None:

@@ -620,10 +620,8 @@ class Execution:
         return "waiting", first.kind, self._next_due()
 
     def keep_event(self, connection: Connection, event: EventBase) -> None:
-        """Put an event on record and tell those who watch."""
-        data = event.model_dump_json(exclude={"run_id", "seq", "at", "path"})
-        row = {"run_id": self.run_id, "seq": event.seq, "type": getattr(event, "type", ""), "at": event.at}
-        self.services.store.insert_event(connection, {**row, "path": event.path, "data": data})
+        """Put an event of this run on record, at the position that it has."""
+        control.keep_event(self.services.store, connection, self.run_id, event.seq, event)
 
     def numbered(self, event: EventBase) -> EventBase:
         """The event as one of this run's, at the next position of its journal."""
