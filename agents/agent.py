@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, cas
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from ridethrough.agents.guardrail import Guardrail
+from ridethrough.runtime.config import TIERS, Tier
 from ridethrough.runtime.errors import ConfigError, NotFound, SerializationError, UsageError
 from ridethrough.runtime.execution import Branch, current_branch, position
 from ridethrough.runtime.payload import Codec
+from ridethrough.runtime.router.context import PRIORITIES, PriorityClass
 from ridethrough.runtime.router.messages import (
     ImagePart,
     Message,
@@ -156,8 +158,8 @@ class Agent(Generic[OutT]):
         guardrails: Sequence[Guardrail] = ...,
         limits: Limits = ...,
         sandbox: str | None = ...,
-        floor: str | None = ...,
-        priority: str | None = ...,
+        floor: Tier | None = ...,
+        priority: PriorityClass | None = ...,
         tool_concurrency: int = ...,
         output_retries: int = ...,
         temperature: float | None = ...,
@@ -177,8 +179,8 @@ class Agent(Generic[OutT]):
         guardrails: Sequence[Guardrail] = ...,
         limits: Limits = ...,
         sandbox: str | None = ...,
-        floor: str | None = ...,
-        priority: str | None = ...,
+        floor: Tier | None = ...,
+        priority: PriorityClass | None = ...,
         tool_concurrency: int = ...,
         output_retries: int = ...,
         temperature: float | None = ...,
@@ -197,8 +199,8 @@ class Agent(Generic[OutT]):
         guardrails: Sequence[Guardrail] = (),
         limits: Limits = Limits(),
         sandbox: str | None = None,
-        floor: str | None = None,
-        priority: str | None = None,
+        floor: Tier | None = None,
+        priority: PriorityClass | None = None,
         tool_concurrency: int = 16,
         output_retries: int = 2,
         temperature: float | None = None,
@@ -217,8 +219,10 @@ class Agent(Generic[OutT]):
             guardrails: Checks of input and output.
             limits: What one run may use.
             sandbox: Not in this version.
-            floor: The least capable tier that may answer; not in this version.
-            priority: The class of its model calls under load.
+            floor: The least capable tier that may answer (``frontier``, ``standard``, ``small``, ``local``); its calls
+                wait for one instead of being answered by less.
+            priority: The class of its model calls under load: ``critical``, ``high``, ``normal`` or ``low``; that of
+                the run when left out.
             tool_concurrency: How many calls of one turn run at a time.
             output_retries: How often an invalid output goes back to the model.
             temperature: Sampling temperature.
@@ -236,6 +240,7 @@ class Agent(Generic[OutT]):
         self.output = output
         self.guardrails = tuple(guardrails)
         self.limits = limits
+        self.floor = floor
         self.priority = priority
         self.tool_concurrency = tool_concurrency
         self.output_retries = output_retries
@@ -243,16 +248,18 @@ class Agent(Generic[OutT]):
         self.max_tokens = max_tokens
         self.reasoning = reasoning
         self._source = _defined_in()
-        self._check(sandbox, floor)
+        self._check(sandbox)
         # Registered at once, so that a new process that only defines its agents takes their runs up.
         _ = self.__workflow__
 
-    def _check(self, sandbox: str | None, floor: str | None) -> None:
+    def _check(self, sandbox: str | None) -> None:
         if not NAME.fullmatch(self.name):
             raise ConfigError(f"agent {self.name!r}: a name has letters, digits, '_', '.', ':' and '-' only.")
-        if sandbox is not None or floor is not None:
-            what = "sandbox" if sandbox is not None else "floor"
-            raise ConfigError(f"agent {self.name}: {what}= is not in this version yet. Leave it out.")
+        if sandbox is not None:
+            raise ConfigError(f"agent {self.name}: sandbox= is not in this version yet. Leave it out.")
+        for what, value, known in (("floor", self.floor, TIERS), ("priority", self.priority, PRIORITIES)):
+            if value is not None and value not in known:
+                raise ConfigError(f"agent {self.name}: {what}={value!r} is none of {', '.join(known)}.")
         names = [tool.name for tool in self.tools] + [transfer_name(agent) for agent in self.handoffs]
         for name in names:
             if not TOOL_NAME.fullmatch(name):

@@ -38,7 +38,7 @@ from ridethrough.runtime.errors import (
 from ridethrough.runtime.events import HandedOff
 from ridethrough.runtime.execution import Blocked, Branch, Execution, Outcome, stand
 from ridethrough.runtime.payload import Codec, describe_error, digest_of, preview, storable
-from ridethrough.runtime.router.context import CallContext
+from ridethrough.runtime.router.context import CallContext, priority_class
 from ridethrough.runtime.router.messages import (
     MESSAGE,
     AssistantMessage,
@@ -281,7 +281,7 @@ class Conversation:
             said = await model(request)
             return ModelResponse(message=AssistantMessage(content=said)) if isinstance(said, str) else said
         router = await self.execution.services.router()
-        context = self._call_context()
+        context = self._call_context(path)
         if not self.execution.watchers:
             return await router.complete(request, route=model, context=context)  # type: ignore[no-any-return]
         async with aclosing(router.stream(request, route=model, context=context)) as events:
@@ -293,7 +293,7 @@ class Conversation:
                 self.execution.publish(event.model_copy(update={**update, **named}))
         raise AssertionError("a stream of the router ends with its response")
 
-    def _call_context(self) -> CallContext:
+    def _call_context(self, path: str) -> CallContext:
         info = self.execution.info
         return CallContext(
             tenant=info.tenant,
@@ -301,7 +301,9 @@ class Conversation:
             workflow=info.workflow,
             agent=self.agent.name,
             run_id=info.id,
-            priority=self.agent.priority,
+            path=path,
+            priority=self.agent.priority or priority_class(info.priority),
+            floor=self.agent.floor,
         )
 
     async def _may_pause(self) -> bool:

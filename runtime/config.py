@@ -22,6 +22,8 @@ from ridethrough.runtime.errors import ConfigError
 
 Tier = Literal["frontier", "standard", "small", "local"]
 ProviderKind = Literal["openai", "openai-responses", "anthropic", "gemini", "simulated"]
+Capability = Literal["tools", "images", "structured"]
+WireName = Literal["openai", "openai-responses", "anthropic", "gemini"]
 Scope = Annotated[str, Field(pattern=r"^(total|tenant|workflow|agent|run|label:.+)$")]
 
 DEFAULT_FILE = "ridethrough.toml"
@@ -57,26 +59,39 @@ class _Table(BaseModel):
 
 
 class Timeouts(_Table):
-    """Deadlines of one attempt, in seconds. ``first_token`` and ``idle`` need the streaming wire."""
+    """Deadlines of one attempt, in seconds. ``first_token`` and ``idle`` need the streaming wire.
+
+    They are ceilings: a model that normally is much faster is noticed sooner. ``tokens_per_second`` is the least rate
+    that is put up with; without it only what the model normally does counts.
+    """
 
     connect: float = Field(default=5.0, gt=0)
     first_token: float = Field(default=20.0, gt=0)
     idle: float = Field(default=20.0, gt=0)
     total: float = Field(default=300.0, gt=0)
+    tokens_per_second: float | None = Field(None, gt=0)
 
 
 class Price(_Table):
-    """USD per million tokens; ``cached_input`` is that of cached input tokens, ``input`` when left out."""
+    """USD per million tokens.
+
+    ``cached_input`` is that of input tokens read from the provider's prompt cache, ``cache_write`` that of tokens
+    written to it; each is ``input`` when left out.
+    """
 
     input: float = Field(ge=0)
     output: float = Field(ge=0)
     cached_input: float | None = Field(None, ge=0)
+    cache_write: float | None = Field(None, ge=0)
 
-    def cost(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float:
-        """Return the USD of a call; ``input_tokens`` include ``cached_tokens``."""
+    def cost(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0, cache_write_tokens: int = 0) -> float:
+        """Return the USD of a call; ``input_tokens`` include the cached and the cache-written ones."""
         cached = min(cached_tokens, input_tokens)
-        cached_price = self.input if self.cached_input is None else self.cached_input
-        return ((input_tokens - cached) * self.input + cached * cached_price + output_tokens * self.output) / 1e6
+        written = min(cache_write_tokens, input_tokens - cached)
+        plain = (input_tokens - cached - written) * self.input
+        read = cached * (self.input if self.cached_input is None else self.cached_input)
+        write = written * (self.input if self.cache_write is None else self.cache_write)
+        return (plain + read + write + output_tokens * self.output) / 1e6
 
 
 class RateLimits(_Table):
@@ -90,22 +105,34 @@ class RateLimits(_Table):
 class Provider(_Table):
     """``[providers.NAME]``: a server and a credential.
 
-    ``headers`` are sent with every call; a value may be ``env:NAME`` or ``file:PATH``. The keys ``script`` (a Python
-    file, ``module:attribute``, or a scenario in TOML or JSON) and ``ledger`` (a file that gets a line for every call)
-    are for ``kind = "simulated"``, which starts the project's own provider on loopback. Relative paths start at the
-    configuration's folder.
+    ``headers`` are sent with every call; a value may be ``env:NAME`` or ``file:PATH``. ``dialect`` names the quirks of
+    an OpenAI-compatible server where its host name does not tell (``vllm``, ``ollama``, ...). The keys ``script`` (a
+    Python file, ``module:attribute``, or a scenario in TOML or JSON), ``ledger`` (a file that gets a line for every
+    call) and ``wire`` (what it speaks, ``openai`` when left out) are for ``kind = "simulated"``, which starts the
+    project's own provider on loopback. Relative paths start at the configuration's folder.
     """
 
     kind: ProviderKind
     base_url: str | None = None
     api_key: SecretRef | None = Field(None, repr=False)
     headers: dict[str, str] = Field(default_factory=dict, repr=False)
+    dialect: str | None = None
     script: str | None = None
     ledger: str | None = None
+    wire: WireName | None = None
+
+    @property
+    def speaks(self) -> WireName:
+        """The wire that the provider's server speaks."""
+        return (self.wire or "openai") if self.kind == "simulated" else self.kind
 
 
 class Model(_Table):
-    """``[models.NAME]``: a deployment, that is one model at one provider. ``context_window`` is in tokens."""
+    """``[models.NAME]``: a deployment, that is one model at one provider.
+
+    ``context_window`` is in tokens. ``supports`` is what the model can do besides text (everything, when left out):
+    requests that need more are not sent to it. ``weight`` is its share in routes of strategy ``weighted``.
+    """
 
     provider: str
     model: str
@@ -116,13 +143,18 @@ class Model(_Table):
     limits: RateLimits | None = None
     timeouts: Timeouts = Timeouts()  # pyright: ignore[reportCallIssue]
     price: Price | None = None
+    supports: tuple[Capability, ...] | None = None
+    weight: float | None = Field(None, gt=0)
 
 
 class Route(_Table):
     """``[routes.NAME]``: deployments in order of preference, and what to do when none answers.
 
-    ``patience`` (seconds, or text such as ``"20s"``) is how long a call waits in place, trying again, before it is
-    given up as ``Unavailable``; ``otherwise`` tells the engine what to do then.
+    ``patience`` (seconds, or text such as ``"20s"``) is how long a call waits in place before the last rung of
+    ``otherwise``. ``static`` is the text of the rung of that name. ``failover`` names errors after which another
+    provider is asked although by default none is: a wrong credential, a content filter, a request that was refused.
+    ``queue`` is how many calls may wait for a place; beyond it the lowest priority is turned away. ``cache_ttl`` is how
+    long an exact answer may be used again (a stale one still serves the rung ``cache``).
     """
 
     models: tuple[str, ...] = Field(min_length=1)
@@ -132,6 +164,10 @@ class Route(_Table):
     patience: Duration = 0.0
     hedge: bool = False
     cache: Literal["off", "exact"] = "off"
+    cache_ttl: Duration | None = None
+    static: str | None = None
+    failover: tuple[Literal["auth", "content_filter", "invalid_request"], ...] = ()
+    queue: int = Field(default=1000, gt=0)
 
 
 class Budget(_Table):
@@ -162,6 +198,8 @@ class Config(_Table):
     durability: Literal["power", "process"] = "power"
     lease_seconds: float = Field(default=5.0, gt=0)
     reaper_seconds: float = Field(default=15.0, gt=0)
+    default_price: Price | None = None
+    """What a model costs whose price is not known; without it a call that a budget covers is refused."""
     embeddings: str | None = None
     providers: dict[str, Provider] = Field(default_factory=dict[str, Provider])
     models: dict[str, Model] = Field(default_factory=dict[str, Model])
@@ -370,6 +408,8 @@ def _check_references(config: Config, source: _Source) -> None:
         for model_name in route.models:
             if not is_direct(config, model_name):
                 _known(source, ("routes", name, "models"), "model", model_name, config.models)
+        _check_route(source, config, name, route)
+    _check_weights(source, config)
     for name, provider in config.providers.items():
         _check_provider(source, name, provider)
         _check_headers(source, name, provider)
@@ -388,9 +428,9 @@ def _known(source: _Source, location: _Location, what: str, name: str, valid: Ma
 
 def _check_provider(source: _Source, name: str, provider: Provider) -> None:
     here: _Location = ("providers", name)
-    if provider.kind not in ("openai", "simulated"):
-        raise source.error((*here, "kind"), _not_yet(f"'{provider.kind}'", "use 'openai' or 'simulated'"))
-    wrong = ("base_url", "api_key") if provider.kind == "simulated" else ("script", "ledger")
+    wrong = ["base_url", "api_key"] if provider.kind == "simulated" else ["script", "ledger", "wire"]
+    if provider.kind != "openai":
+        wrong.append("dialect")
     for key in wrong:
         if getattr(provider, key) is not None:
             raise source.error((*here, key), f"the key has no effect with kind '{provider.kind}': remove it")
@@ -404,20 +444,59 @@ def _check_headers(source: _Source, name: str, provider: Provider) -> None:
             raise source.error(("providers", name, "headers", header), what)
 
 
+def _check_route(source: _Source, config: Config, name: str, route: Route) -> None:
+    """Refuse what would have no effect, and rungs and floors that nobody could stand on."""
+    here: _Location = ("routes", name)
+    if ("static" in route.otherwise) != (route.static is not None):
+        if route.static is None:
+            raise source.error((*here, "otherwise"), "'static' needs the answer's text: set the key 'static' too")
+        raise source.error((*here, "static"), "the key has no effect: put \"static\" into 'otherwise', or remove it")
+    if route.cache_ttl is not None and route.cache == "off":
+        raise source.error((*here, "cache_ttl"), 'the key has no effect with cache = "off": remove it')
+    if route.hedge and len(route.models) < 2:
+        raise source.error((*here, "hedge"), "the key has no effect with one model: name a second one, or remove it")
+    for rung in ("pause", "fail"):
+        if rung in route.otherwise[:-1]:
+            raise source.error((*here, "otherwise"), f"'{rung}' has to be the last: nothing comes after it")
+    if route.floor is not None:
+        _check_floor(source, config, (*here, "floor"), route)
+
+
+def _check_floor(source: _Source, config: Config, here: _Location, route: Route) -> None:
+    tiers = {model: config.models[model].tier if model in config.models else None for model in route.models}
+    for model, tier in tiers.items():
+        if tier is None:
+            what = f"a floor needs to know how capable '{model}' is: set 'tier' in [models.{model}]"
+            raise source.error(here, what)
+    if not any(at_least(tier, route.floor) for tier in tiers.values()):
+        raise source.error(here, "no model of the route is that capable: lower the floor, or add one")
+
+
+TIERS: tuple[Tier, ...] = get_args(Tier)
+"""From the most to the least capable."""
+
+
+def at_least(tier: str | None, floor: str | None) -> bool:
+    """Whether ``tier`` reaches ``floor``; an unknown tier reaches none."""
+    if floor is None:
+        return True
+    order: tuple[str, ...] = TIERS
+    return tier in order and floor in order and order.index(tier) <= order.index(floor)
+
+
+def _check_weights(source: _Source, config: Config) -> None:
+    weighted = {model for route in config.routes.values() if route.strategy == "weighted" for model in route.models}
+    for name, model in config.models.items():
+        if model.weight is not None and name not in weighted:
+            raise source.error(("models", name, "weight"), "the key has no effect: no weighted route has this model")
+
+
 def _not_yet(what: str, instead: str = "remove the key, or leave it at its default") -> str:
     return f"this version does not support {what} yet: {instead}"
 
 
 def _check_supported(config: Config, source: _Source) -> None:
-    _refuse(source, config, (), {"budgets": (), "sandboxes": {}, "embeddings": None, "reaper_seconds": 15.0})
-    for name, model in config.models.items():
-        _refuse(source, model, ("models", name), {"limits": None})
-    for name, route in config.routes.items():
-        here: _Location = ("routes", name)
-        _refuse(source, route, here, {"strategy": "ordered", "floor": None, "hedge": False, "cache": "off"})
-        for rung in route.otherwise:
-            if rung in ("cache", "static"):
-                raise source.error((*here, "otherwise"), _not_yet(f"'{rung}'", "use 'pause' or 'fail'"))
+    _refuse(source, config, (), {"sandboxes": {}, "embeddings": None, "reaper_seconds": 15.0})
 
 
 def _refuse(source: _Source, table: BaseModel, here: _Location, defaults: Mapping[str, object]) -> None:

@@ -122,6 +122,13 @@ class LimitExceeded(Error, RuntimeError):
 class BudgetExceeded(Error, RuntimeError):
     """A budget is used up."""
 
+    def __init__(self, message: str, budget: str = "", usd: float = 0.0, resets_at: float | None = None) -> None:
+        """``budget`` names it, ``usd`` is its cap, ``resets_at`` (seconds since the epoch) when it starts anew."""
+        super().__init__(message)
+        self.budget = budget
+        self.usd = usd
+        self.resets_at = resets_at
+
 
 class GuardrailTripped(Error, RuntimeError):
     """A guardrail refused an agent's input or output."""
@@ -241,11 +248,25 @@ class Unavailable(ModelError):
     errors: tuple[ModelError, ...] = ()
 
     def __init__(
-        self, message: str, *, errors: tuple[ModelError, ...] = (), retry_after: float | None = None, **fields: Any
+        self,
+        message: str,
+        *,
+        errors: tuple[ModelError, ...] = (),
+        retry_after: float | None = None,
+        reason: str = "outage",
+        awaits: str = "",
+        **fields: Any,
     ) -> None:
-        """``errors`` are the attempts' errors in order; another try is worth it in ``retry_after`` seconds."""
+        """``errors`` are the attempts' errors in order; another try is worth it in ``retry_after`` seconds.
+
+        ``reason`` is ``brownout``, ``outage``, ``quota``, ``budget`` or ``overload`` (too many calls are waiting
+        already). ``awaits`` is the wake-up condition, as ``Router.room`` takes it: whoever holds the work can ask
+        whether it is time, instead of trying.
+        """
         super().__init__(message, retry_after=retry_after, **fields)
         self.errors = errors
+        self.reason = reason
+        self.awaits = awaits
 
 
 # --- sandboxes ------------------------------------------------------------------------------------------------------

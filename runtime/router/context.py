@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+PriorityClass = Literal["critical", "high", "normal", "low"]
+"""Who is served first when not everybody can be; ``low`` is shed first (the SRE book's SHEDDABLE)."""
+
+PRIORITIES: tuple[PriorityClass, ...] = ("critical", "high", "normal", "low")
+"""From the most to the least urgent."""
+
+
+def priority_class(priority: int) -> PriorityClass:
+    """Return the class of a run's numeric priority: 100 and more, above 0, 0, below 0."""
+    if priority >= 100:
+        return "critical"
+    return "high" if priority > 0 else "normal" if priority == 0 else "low"
 
 
 @dataclass(frozen=True)
 class CallContext:
     """Who calls, and how long the caller waits.
 
-    ``deadline`` is in seconds from the start of the call and covers all its attempts. ``floor`` is not supported yet
-    and refused; ``priority`` is for admission, which this version does not have.
+    ``deadline`` is in seconds from the start of the call and covers all its attempts. ``floor`` is the least capable
+    tier that may answer; the route's own floor holds besides. ``path`` names the step that asks, inside its run.
     """
 
     tenant: str | None = None
@@ -19,6 +33,7 @@ class CallContext:
     workflow: str | None = None
     agent: str | None = None
     run_id: str | None = None
-    priority: str | None = None
+    path: str = ""
+    priority: PriorityClass = "normal"
     floor: str | None = None
     deadline: float | None = None

@@ -61,15 +61,35 @@ class ImagePart(_Canonical):
 
 
 class ReasoningPart(_Canonical):
-    """What a model thought. ``data`` belongs to ``provider`` and goes back to nobody else; it is never changed."""
+    """What a model thought. ``data`` belongs to ``provider`` and goes back to nobody else; it is never changed.
+
+    ``after_calls`` is how many tool calls of the same message came before it: models that think between two calls want
+    their thoughts back in that place.
+    """
 
     type: Literal["reasoning"] = "reasoning"
     text: str = ""
     provider: str = ""
     data: dict[str, Any] = Field(default_factory=dict[str, Any], repr=False)
+    after_calls: int = 0
 
 
-Part = Annotated[TextPart | ImagePart | ReasoningPart, Field(discriminator="type")]
+class ProviderPart(_Canonical):
+    """An item that only ``provider`` understands: its own web search, code execution, tool search and their results.
+
+    Like reasoning it goes back to that provider as it came, in its place, and is left out (with a note) elsewhere.
+    ``kind`` is the provider's name for it, ``text`` what a person may read of it.
+    """
+
+    type: Literal["provider"] = "provider"
+    kind: str
+    text: str = ""
+    provider: str = ""
+    data: dict[str, Any] = Field(default_factory=dict[str, Any], repr=False)
+    after_calls: int = 0
+
+
+Part = Annotated[TextPart | ImagePart | ReasoningPart | ProviderPart, Field(discriminator="type")]
 Content = str | tuple[Part, ...]
 
 
@@ -87,7 +107,8 @@ class ToolCall(_Canonical):
     """A model's wish to call a tool.
 
     ``arguments`` is ``None`` when what the model wrote is no JSON object; then ``raw`` is its text and ``error`` says
-    what is wrong with it.
+    what is wrong with it. ``data`` is what ``provider`` wants back with the call (a signature, an item's id) and goes
+    to nobody else.
     """
 
     id: str
@@ -95,6 +116,8 @@ class ToolCall(_Canonical):
     arguments: dict[str, Any] | None = Field(default_factory=dict[str, Any])
     raw: str | None = None
     error: str | None = None
+    provider: str = ""
+    data: dict[str, Any] = Field(default_factory=dict[str, Any], repr=False)
 
 
 class _Message(_Canonical):
@@ -185,7 +208,11 @@ class ToolSpec(_Canonical):
 
 
 class Usage(BaseModel):
-    """Tokens of a call: ``input_tokens`` include ``cached_tokens``; ``output_tokens`` include ``reasoning_tokens``."""
+    """Tokens of a call.
+
+    ``input_tokens`` include ``cached_tokens`` (read from the provider's prompt cache) and ``cache_write_tokens``
+    (written to it, which some bill dearer); ``output_tokens`` include ``reasoning_tokens``.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -193,6 +220,7 @@ class Usage(BaseModel):
     output_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    cache_write_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         """Add up two usages."""
@@ -201,6 +229,7 @@ class Usage(BaseModel):
             output_tokens=self.output_tokens + other.output_tokens,
             cached_tokens=self.cached_tokens + other.cached_tokens,
             reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
         )
 
 

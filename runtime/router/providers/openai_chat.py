@@ -68,6 +68,20 @@ class OpenAIChat:
         self._quirks = quirks or Quirks()
         self._table = tuple(table)
 
+    @property
+    def default_base_url(self) -> str:
+        """The inventor's server."""
+        return "https://api.openai.com/v1"
+
+    @property
+    def models_path(self) -> str:
+        """The list of models."""
+        return "models"
+
+    def authorize(self, key: str) -> dict[str, str]:
+        """A bearer token, except where the quirks say otherwise."""
+        return {"authorization": f"Bearer {key}"}
+
     def render(self, request: ModelRequest, model: str, *, stream: bool) -> Rendered:
         """Write ``request`` as a body of ``/chat/completions``."""
         key, write = f"openai-chat/{self.provider}", self._message
@@ -162,7 +176,7 @@ def _message(message: Message, provider: str) -> dict[str, Any]:
 def _content(content: Content) -> Any:
     if isinstance(content, str):
         return content
-    return [_part(part) for part in content if not isinstance(part, ReasoningPart)]
+    return [_part(part) for part in content if isinstance(part, TextPart | ImagePart)]
 
 
 def _part(part: TextPart | ImagePart) -> dict[str, Any]:

@@ -68,6 +68,20 @@ class Stream(Protocol):
 class Wire(Protocol):
     """One provider's way to write requests and answers."""
 
+    @property
+    def default_base_url(self) -> str:
+        """Where the vendor's own server is, as the vendor's own client takes it."""
+        ...
+
+    @property
+    def models_path(self) -> str:
+        """What to GET, below the base URL, to see which models there are."""
+        ...
+
+    def authorize(self, key: str) -> dict[str, str]:
+        """Return the headers that carry a credential (and nothing else that is secret)."""
+        ...
+
     def render(self, request: ModelRequest, model: str, *, stream: bool) -> Rendered:
         """Write ``request``; canonical messages keep their rendered form, so only new ones cost."""
         ...
