@@ -178,14 +178,19 @@ class ModelError(Error, RuntimeError):
         code: str | None = None,
         retry_after: float | None = None,
         request_id: str | None = None,
+        retryable: bool = True,
     ) -> None:
-        """``retry_after`` is in seconds and a floor, never a promise; ``code`` is the provider's own."""
+        """``retry_after`` is in seconds and a floor, never a promise; ``code`` is the provider's own.
+
+        ``retryable`` is false where the provider asks not to be sent the same request again, whatever the class.
+        """
         super().__init__(message)
         self.deployment = deployment
         self.status = status
         self.code = code
         self.retry_after = retry_after
         self.request_id = request_id
+        self.retryable = retryable
 
 
 class RateLimited(ModelError):

@@ -30,6 +30,7 @@ from ridethrough.runtime.errors import (
     Transport,
     Unavailable,
 )
+from ridethrough.runtime.router.limits import GO_DURATION, parse_go_duration, read_limits, wait_of
 
 FAILS_OVER: tuple[type[ModelError], ...] = (
     RateLimited,
@@ -82,6 +83,13 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_TOO_LONG = re.compile(
+    r"(prompt|input) is too long|maximum (context|prompt) length|input token count|"
+    r"exceeds? (the )?(available )?context|context (length|window|limit|size)|reduce the length of the (messages|prompt|input)|too many (input )?tokens"
+)
+"""How servers say that the conversation does not fit; none of them agrees with another on the code."""
+
+
 TABLE: tuple[Rule, ...] = (
     # Names that say it all.
     Rule(
@@ -89,7 +97,8 @@ TABLE: tuple[Rule, ...] = (
         _names(
             "insufficient_quota credit_balance_exhausted organization_spend_limit_exceeded project_spend_limit_exceeded"
             " organization_usage_limit_exceeded billing_error enforced_spend_limit_reached billing_hard_limit_reached"
-            " billing_not_active insufficient_balance insufficient_credits per_day_quota"
+            " billing_not_active insufficient_balance insufficient_credits per_day_quota exceeded_current_quota_error"
+            " servicequotaexceededexception failed_precondition"
         ),
     ),
     Rule(RateLimited, _names("openrouter_in_flight_budget")),
@@ -100,16 +109,22 @@ TABLE: tuple[Rule, ...] = (
             " context_window_exceeded model_context_window_exceeded"
         ),
     ),
-    Rule(ContextLength, _names("rate_limit_exceeded"), frozenset({413})),  # this one request is above the limit
+    # This one request is above the limit: it fails as often as it is sent, and a smaller one or another model helps.
+    Rule(ContextLength, _names("rate_limit_exceeded"), frozenset({413})),
+    Rule(ContextLength, _names("request_above_limit"), frozenset({413, 429})),
     Rule(
         ContentFilter,
-        _names("content_filter content_policy_violation responsibleaipolicyviolation moderation_blocked safety"),
+        _names(
+            "content_filter content_policy_violation responsibleaipolicyviolation moderation_blocked safety"
+            " prohibited_content invalid_prompt"
+        ),
     ),
     Rule(
         Auth,
         _names(
             "invalid_api_key authentication_error permission_error permission_denied unauthenticated unauthorized"
             " invalid_authentication incorrect_api_key api_key_invalid account_deactivated"
+            " accessdeniedexception unrecognizedclientexception expiredtokenexception invalidsignatureexception"
         ),
     ),
     Rule(Overloaded, _names("slow_down"), frozenset({503})),
@@ -129,31 +144,44 @@ TABLE: tuple[Rule, ...] = (
         ),
     ),
     # Words of the message, where the name is too general.
-    Rule(
-        ContextLength,
-        words=re.compile(
-            r"prompt is too long|maximum context length|input token count|exceeds? (the )?(available )?context|"
-            r"context (length|window|limit|size)|reduce the length of the (messages|prompt)|too many input tokens"
-        ),
-        status=frozenset({400, 413, 422}),
-    ),
+    Rule(ContextLength, words=_TOO_LONG, status=frozenset({400, 403, 413, 422})),
+    Rule(ContextLength, _names("invalid_request_error invalid_argument validationexception"), words=_TOO_LONG),
     Rule(
         QuotaExhausted,
-        words=re.compile(r"credit balance is too low|billing (is )?disabled|insufficient (balance|credits?|funds)"),
+        words=re.compile(
+            r"credit balance is too low|billing (is )?disabled|insufficient (balance|credits?|funds)|"
+            r"specified (workspace )?api usage limits|used all available credits|monthly spending limit"
+        ),
     ),
-    Rule(ContentFilter, words=re.compile(r"content management policy|flagged by moderation|requires moderation")),
+    Rule(
+        ContentFilter,
+        words=re.compile(
+            r"content management policy|content filtering policy|flagged by moderation|requires moderation|"
+            r"flagged as potentially violating|violates? usage guidelines|content exists risk|our safety system"
+        ),
+    ),
+    Rule(
+        Overloaded,
+        words=re.compile(
+            r"(servers?|models?|engine|system|service) (is|are) (currently |temporarily )?overloaded|"
+            r"experiencing high demand|server (is )?busy|currently over capacity"
+        ),
+    ),
     # Statuses.
     Rule(QuotaExhausted, status=frozenset({402})),
     Rule(Auth, status=frozenset({401, 403})),
     Rule(RateLimited, status=frozenset({429, 498})),
     Rule(RateLimited, _names("resource_exhausted")),
     Rule(Overloaded, status=frozenset({503, 529})),
-    Rule(ServerError, status=frozenset({408, 424, *range(500, 600)})),
+    Rule(ServerError, status=frozenset({408, 409, 424, 425, 499, *range(500, 600)})),
     Rule(InvalidRequest, status=frozenset(range(400, 500))),
     # No status, as inside a stream.
     Rule(
         InvalidRequest,
-        _names("invalid_request_error invalid_value not_found_error model_not_found tool_use_failed invalid_argument"),
+        _names(
+            "invalid_request_error invalid_value not_found_error not_found model_not_found tool_use_failed"
+            " invalid_argument request_too_large validationexception"
+        ),
     ),
     Rule(ServerError),
 )
@@ -178,9 +206,9 @@ def classify(
         table: The rules, from the first.
         now: Seconds since the epoch, for dates in ``retry-after``.
     """
-    found = find(status, body)
-    kind = next((rule.error for rule in table if rule.matches(found)), ServerError)
     low = {name.lower(): value for name, value in (headers or {}).items()}
+    found = find(status, body, low)
+    kind = next((rule.error for rule in table if rule.matches(found)), ServerError)
     wait = retry_after(low, found, now=now)
     return kind(
         _describe(deployment, found, wait),
@@ -189,12 +217,13 @@ def classify(
         code=found.code,
         retry_after=wait,
         request_id=request_id(low),
+        retryable=low.get("x-should-retry", "").strip().lower() != "false",
     )
 
 
 def request_id(headers: Mapping[str, str]) -> str | None:
     """Return the provider's id of the request; header names are in lower case."""
-    for name in ("x-request-id", "request-id", "x-generation-id", "apim-request-id"):
+    for name in ("x-request-id", "request-id", "x-generation-id", "apim-request-id", "x-amzn-requestid"):
         if name in headers:
             return headers[name]
     return None
@@ -212,18 +241,46 @@ def _describe(deployment: str, found: Finding, wait: float | None) -> str:
 # --- reading bodies -------------------------------------------------------------------------------------------------
 
 
-def find(status: int | None, body: Any) -> Finding:
-    """Read an error out of any of the shapes that providers send."""
+def find(status: int | None, body: Any, headers: Mapping[str, str] | None = None) -> Finding:
+    """Read an error out of any of the shapes that providers send; names of ``headers`` are in lower case."""
+    told = _amazon_type((headers or {}).get("x-amzn-errortype"))
     error = _error_of(_unwrapped(body))
     if not isinstance(error, Mapping):
-        return Finding(status, message="" if error is None else str(error), body=body)
+        return Finding(status, told or None, _lower((told,)), "" if error is None else str(error), body)
     inner = error.get("innererror")
-    values = [error.get(key) for key in ("code", "type", "status")]
+    values = [*(error.get(key) for key in ("code", "type", "status")), told, _amazon_type(error.get("__type"))]
     values += [inner.get("code") if isinstance(inner, Mapping) else None, *_reasons(error)]
-    names = frozenset(value.lower() for value in values if isinstance(value, str))
-    message = error.get("message") or error.get("error") or error.get("detail") or ""
+    message = str(error.get("message") or error.get("error") or error.get("detail") or "")
+    upstream = _upstream(error)
+    names = _lower((*values, *upstream.names, "request_above_limit" if _is_above_limit(message) else None))
     code = next((str(value) for value in values if value), None)
-    return Finding(_effective_status(status, error), code, names, str(message), error)
+    text = f"{message}: {upstream.message}" if upstream.message else message
+    return Finding(_effective_status(status, error), code, names, text, error)
+
+
+def _lower(values: Iterable[Any]) -> frozenset[str]:
+    return frozenset(value.lower() for value in values if isinstance(value, str) and value)
+
+
+def _amazon_type(value: Any) -> str:
+    """Return the name in ``ThrottlingException:http://...`` (a header) or ``com.amazon#ThrottlingException``."""
+    return value.partition(":")[0].rpartition("#")[2].strip() if isinstance(value, str) else ""
+
+
+def _upstream(error: Mapping[str, Any]) -> Finding:
+    """Read the error that OpenRouter passes on ("Provider returned error"): the words that tell are in there."""
+    metadata = error.get("metadata")
+    raw = metadata.get("raw") if isinstance(metadata, Mapping) else None
+    return find(None, raw) if isinstance(raw, str | Mapping) else Finding()
+
+
+_ASKED = re.compile(r"\blimit:?\s*(\d[\d,]*)\b.{0,40}?\brequested:?\s*(\d[\d,]*)", re.I | re.S)
+
+
+def _is_above_limit(message: str) -> bool:
+    """Whether a rate limit is below what this one request asks for, so that no waiting helps."""
+    asked = _ASKED.search(message)
+    return asked is not None and int(asked[2].replace(",", "")) > int(asked[1].replace(",", ""))
 
 
 def _unwrapped(body: Any, depth: int = 3) -> Any:
@@ -239,10 +296,10 @@ def _unwrapped(body: Any, depth: int = 3) -> Any:
 
 
 def _error_of(body: Any) -> Any:
-    """Return the innermost error object: ``{"error": {...}}``, ``{"error": "..."}`` or the flat form."""
+    """Return the innermost error object: ``{"error": {...}}``, ``{"error": "..."}``, ``{"errors": [...]}`` or flat."""
     if not isinstance(body, Mapping):
         return body
-    inner = _unwrapped(body.get("error"))
+    inner = _unwrapped(body.get("error") or body.get("errors"))
     if isinstance(inner, Mapping):
         nested = _unwrapped(inner.get("message"))
         return _error_of(nested) if isinstance(nested, Mapping) and "error" in nested else inner
@@ -285,33 +342,31 @@ def _effective_status(status: int | None, error: Mapping[str, Any]) -> int | Non
 
 # --- how long to wait -----------------------------------------------------------------------------------------------
 
-_GO_DURATION = r"((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)"
 _HINT = re.compile(
     rf"(?:try again in|retry in|retry after|wait)\s+"
-    rf"(?:{_GO_DURATION}|(\d+(?:\.\d+)?)\s*(milliseconds?|seconds?|minutes?))",
+    rf"(?:({GO_DURATION})|(\d+(?:\.\d+)?)\s*(milliseconds?|seconds?|minutes?))",
     re.I,
 )
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def retry_after(headers: Mapping[str, str], found: Finding, *, now: float | None = None) -> float | None:
     """Return the seconds that the provider asks to wait, or ``None`` when it does not say, or says nonsense.
 
-    ``retry-after-ms`` goes before ``retry-after`` (seconds or a date), and the body is read only without them.
+    ``retry-after-ms`` goes before ``retry-after`` (seconds or a date), and the body is read only without them. A 429
+    that has neither waits until its used-up window resets. (That comes last because the windows of OpenAI and Groq
+    are buckets: they reset when they are full again, while the body says when there is room for this request.)
     """
-    if (wait := _scaled(headers.get("retry-after-ms"), 0.001)) is not None:
-        return wait
+    now = time.time() if now is None else now
+    for name in ("retry-after-ms", "x-ms-retry-after-ms"):
+        if (wait := _scaled(headers.get(name), 0.001)) is not None:
+            return wait
     if (value := headers.get("retry-after")) is not None:
         wait = _scaled(value, 1.0)
-        return wait if wait is not None else _until(value, time.time() if now is None else now)
-    return _from_body(found)
-
-
-def parse_go_duration(text: str) -> float | None:
-    """Return the seconds of ``6ms``, ``1s``, ``6m0s``, ``1h2m3s``; ``None`` when it is none of these."""
-    if not re.fullmatch(_GO_DURATION, text.strip()):
-        return None
-    return sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|h|m|s)", text))
+        return wait if wait is not None else _until(value, now)
+    wait = _from_body(found)
+    if wait is None and found.status == 429:
+        wait = wait_of(read_limits(headers, now=now), now)
+    return None if wait is None else _sane(wait)
 
 
 def _scaled(value: str | None, unit: float) -> float | None:
