@@ -37,6 +37,8 @@ class Freed:
 def collect(store: Store, older_than: float) -> Freed:
     """Delete runs that ended more than ``older_than`` seconds ago, and give the space back to the file system.
 
+    What the router kept goes likewise: answers, budgets whose window had ended by then, attempts outside of runs.
+
     Raises:
         StoreError: the database cannot be written; what was deleted by then stays deleted.
     """
@@ -45,6 +47,8 @@ def collect(store: Store, older_than: float) -> Freed:
         while ids := _delete_batch(store, when):
             runs += len(ids)
         with store.writer.begin() as connection:
+            store.expire_holds(connection, time.time())
+            store.delete_router_rows(connection, when)
             payloads = store.delete_orphan_payloads(connection, when)
         store.close()
         store.database.reclaim()

@@ -1,13 +1,14 @@
 """All statements on the tables, in one readable place, and the database they run on.
 
 Writes take the connection of the journal's transaction and are called from its thread only; reads take a snapshot of
-their own. Statements are SQLAlchemy Core on the tables of ``tables.py``; the three that run for every step are compiled
-once and handed to the driver as text, because building and binding a Core statement costs more than executing it
-(measured: 254 us a row by ORM session, 44 us by Core, 10 us compiled and batched).
+their own. Statements are SQLAlchemy Core on the tables of ``tables.py``; those that run for every step and every model
+call are compiled once and handed to the driver as text, because building and binding a Core statement costs more than
+executing it (measured: 254 us a row by ORM session, 44 us by Core, 10 us compiled and batched).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,9 @@ from typing import Any, TypeVar
 import anyio.to_thread
 from sqlalchemy import (
     Connection,
+    Dialect,
     Row,
+    Select,
     Table,
     and_,
     bindparam,
@@ -31,6 +34,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.expression import UpdateBase
 from sqlmodel import SQLModel
 
 from ridethrough.runtime.errors import ConfigError, StoreError, StoreVersionError
@@ -38,7 +43,12 @@ from ridethrough.runtime.sqlite import Durability, SQLite
 from ridethrough.runtime.tables import (
     FINAL,
     SCHEMA_VERSION,
+    AnswerRow,
+    AttemptRow,
+    BudgetRow,
+    DeploymentRow,
     EventRow,
+    HoldRow,
     IntentRow,
     PayloadRow,
     RunRow,
@@ -62,11 +72,45 @@ def _table(model: type[SQLModel]) -> Table:
 RUNS, STEPS, INTENTS, WAITS = _table(RunRow), _table(StepRow), _table(IntentRow), _table(WaitRow)
 SIGNALS, EVENTS, PAYLOADS = _table(SignalRow), _table(EventRow), _table(PayloadRow)
 SESSIONS, WORKERS = _table(SessionRow), _table(WorkerRow)
+ATTEMPTS, BUDGETS, HOLDS = _table(AttemptRow), _table(BudgetRow), _table(HoldRow)
+ANSWERS, DEPLOYMENTS = _table(AnswerRow), _table(DeploymentRow)
 
 STEP_COLUMNS = tuple(column.name for column in STEPS.columns)
-RUN_COLUMNS = tuple(column.name for column in RUNS.columns)
+# A new run has nothing to say of the columns that the database fills.
+RUN_COLUMNS = tuple(column.name for column in RUNS.columns if column.server_default is None)
+ATTEMPT_COLUMNS = tuple(column.name for column in ATTEMPTS.columns if column.name != "seq")
 # Everything but the large texts: lists of runs must not read results.
 RUN_BRIEF = tuple(column for column in RUNS.columns if column.name not in ("input", "result"))
+
+
+class Prepared:
+    """A statement that is compiled once and handed to the driver as text, with its parameters by name."""
+
+    def __init__(
+        self, statement: UpdateBase | Select[*tuple[Any, ...]], dialect: Dialect, columns: Sequence[str] | None = None
+    ) -> None:
+        """``columns`` are those that an insert fills."""
+        compiled = statement.compile(dialect=dialect, column_keys=columns)
+        self.text = str(compiled)
+        self._order: Sequence[str] = getattr(compiled, "positiontup", None) or ()
+        self._defaults = compiled.params
+
+    def run(self, cursor: DBAPICursor, **values: Any) -> int:
+        """Execute it once; the number of rows that it changed."""
+        cursor.execute(self.text, self._row(values))
+        return cursor.rowcount
+
+    def fetch(self, cursor: DBAPICursor, **values: Any) -> Sequence[Any]:
+        """Execute a query; the rows as the driver has them."""
+        cursor.execute(self.text, self._row(values))
+        return cursor.fetchall()
+
+    def run_many(self, cursor: DBAPICursor, records: Iterable[Record]) -> None:
+        """Execute it for each record."""
+        cursor.executemany(self.text, [self._row(record) for record in records])
+
+    def _row(self, values: Record) -> tuple[Any, ...]:
+        return tuple(values.get(name, self._defaults.get(name)) for name in self._order)
 
 
 class Store:
@@ -91,9 +135,19 @@ class Store:
         self.writer = self.database.engine(write=True)
         self.reader = self.database.engine(write=False)
         self._limiter: anyio.CapacityLimiter | None = None
-        self._insert_step = self._compiled_insert(STEPS)
-        self._insert_run = self._compiled_insert(RUNS)
-        self._finish_run = self._compiled_finish()
+        dialect = self.database.dialect
+        self._insert_step = Prepared(insert(STEPS), dialect).text
+        self._insert_run = Prepared(insert(RUNS), dialect, RUN_COLUMNS).text
+        self._insert_attempt = Prepared(insert(ATTEMPTS), dialect, ATTEMPT_COLUMNS).text
+        self._finish_run = Prepared(_finish_statement(), dialect)
+        self._wake_awaiting = Prepared(_wake_statement(), dialect)
+        self._open_budget = Prepared(self.database.insert(BUDGETS).on_conflict_do_nothing(), dialect)
+        self._set_aside = Prepared(_set_aside_statement(), dialect)
+        self._book = Prepared(_book_statement(), dialect)
+        self._insert_hold = Prepared(insert(HOLDS), dialect)
+        expired = select(HOLDS.c.id, HOLDS.c["keys"], HOLDS.c.amount).where(HOLDS.c.expires_at <= bindparam("b_now"))
+        self._expired = Prepared(expired, dialect)
+        self._delete_hold = Prepared(delete(HOLDS).where(HOLDS.c.id == bindparam("b_id")), dialect)
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -179,34 +233,6 @@ class Store:
 
     # --- the hot path: compiled once, executed with the driver -----------------------------------------------------
 
-    def _compiled_insert(self, table: Table) -> str:
-        return str(insert(table).compile(dialect=self.database.dialect))
-
-    def _compiled_finish(self) -> str:
-        statement = (
-            update(RUNS)
-            .where(RUNS.c.id == bindparam("b_id"))
-            .values(
-                status=bindparam("b_status"),
-                result=bindparam("b_result"),
-                result_ref=bindparam("b_ref"),
-                error=bindparam("b_error"),
-                finished_at=bindparam("b_at"),
-                worker_id=None,
-                wake_at=None,
-                wanted=None,
-                pause_reason=None,
-                pause_until=None,
-                parked_at=None,
-            )
-        )
-        compiled = statement.compile(dialect=self.database.dialect)
-        order: Sequence[str] = getattr(compiled, "positiontup", None) or ()
-        defaults = compiled.params
-        self._finish_order = tuple(order)
-        self._finish_defaults = defaults
-        return str(compiled)
-
     def fences(self, cursor: DBAPICursor, run_ids: Iterable[str]) -> dict[str, int]:
         """The current fence of each run, inside the writing transaction."""
         return self.database.fences(cursor, run_ids)
@@ -221,11 +247,7 @@ class Store:
 
     def finish_runs(self, cursor: DBAPICursor, endings: Sequence[Record]) -> None:
         """Give runs their final status."""
-        rows = [
-            tuple(ending.get(name, self._finish_defaults.get(name)) for name in self._finish_order)
-            for ending in endings
-        ]
-        cursor.executemany(self._finish_run, rows)
+        self._finish_run.run_many(cursor, endings)
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -309,14 +331,13 @@ class Store:
 
         Runs of ``workflows`` (name, version), and those of the ``accepted`` roots whatever their version.
         """
-        known = [and_(RUNS.c.workflow == name, RUNS.c.version == version) for name, version in workflows.items()]
         query = (
             select(RUNS)
-            .where(RUNS.c.wake_at <= now, or_(*known, RUNS.c.root_id.in_(accepted)))
+            .where(RUNS.c.wake_at <= now, _executable(workflows, roots, accepted))
             .order_by(RUNS.c.priority.desc(), RUNS.c.wake_at, RUNS.c.id)
             .limit(limit)
         )
-        return connection.execute(query if roots is None else query.where(RUNS.c.root_id.in_(roots))).all()
+        return connection.execute(query).all()
 
     def held_by_none_of(self, connection: Connection, live: Sequence[str]) -> Sequence[StoredRow]:
         """Runs that are held, but by none of these workers; the most urgent and oldest first."""
@@ -345,6 +366,127 @@ class Store:
         """What operators asked of the runs that this worker holds."""
         query = select(RUNS.c.id, RUNS.c.wanted).where(RUNS.c.wanted.is_not(None), RUNS.c.worker_id == worker_id)
         return {row.id: row.wanted for row in connection.execute(query)}
+
+    # --- waiting for models -----------------------------------------------------------------------------------------
+
+    def awaited(self, connection: Connection) -> list[str]:
+        """The conditions that parked runs wait for, each once.
+
+        A loose index scan: it costs a look-up a condition, however many runs wait for it.
+        """
+        first = select(func.min(RUNS.c.awaits).label("awaits")).where(RUNS.c.awaits.is_not(None))
+        found = first.cte("found", recursive=True)
+        following = select(func.min(RUNS.c.awaits)).where(RUNS.c.awaits > found.c.awaits).scalar_subquery()
+        found = found.union_all(select(following).where(found.c.awaits.is_not(None)))
+        return list(connection.execute(select(found.c.awaits).where(found.c.awaits.is_not(None))).scalars())
+
+    def count_awaiting(self, connection: Connection, awaits: str) -> int:
+        """How many parked runs wait for a condition."""
+        query = select(func.count()).select_from(RUNS).where(RUNS.c.awaits == awaits)
+        return int(connection.execute(query).scalar_one())
+
+    def wake_awaiting(
+        self,
+        connection: Connection,
+        awaits: str,
+        now: float,
+        workflows: Mapping[str, str],
+        limit: int,
+        roots: Sequence[str] | None,
+        accepted: Sequence[str],
+    ) -> list[str]:
+        """Wake the first ``limit`` runs that wait for a condition, and return their ids in that order.
+
+        The most urgent first, then who was tried least, then who has waited longest. Which runs these may be is said
+        as to ``due``.
+        """
+        query = (
+            select(RUNS.c.id)
+            .where(RUNS.c.awaits == awaits, _executable(workflows, roots, accepted))
+            .order_by(RUNS.c.priority.desc(), RUNS.c.tried, RUNS.c.parked_at)
+            .limit(limit)
+        )
+        ids = list(connection.execute(query).scalars())
+        if ids:
+            woken = [{"b_id": run_id, "b_awaits": awaits, "wake_at": now} for run_id in ids]
+            self._wake_awaiting.run_many(connection.connection.cursor(), woken)
+        return ids
+
+    # --- what the router keeps --------------------------------------------------------------------------------------
+
+    def attempts(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
+        """The attempts of a run's model calls, in the order in which they ended."""
+        return connection.execute(select(ATTEMPTS).where(ATTEMPTS.c.run_id == run_id).order_by(ATTEMPTS.c.seq)).all()
+
+    def insert_attempts(self, cursor: DBAPICursor, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Append attempts (values in the order of ``ATTEMPT_COLUMNS``)."""
+        cursor.executemany(self._insert_attempt, rows)
+
+    def reserve(self, cursor: DBAPICursor, hold: Record, limits: Sequence[Record]) -> bool:
+        """Put ``hold["amount"]`` aside under every key of ``limits`` and write the hold down, or do nothing at all.
+
+        Each of ``limits`` is a budget's row with its ``limit``, the keys all different. What was done when one refuses
+        is undone by hand: the transaction holds the work of others too.
+        """
+        amount: int = hold["amount"]
+        for index, budget in enumerate(limits):
+            if not self._fits(cursor, budget, amount):
+                undo = [{"b_key": done["key"], "b_spent": 0, "b_amount": amount} for done in limits[:index]]
+                self._book.run_many(cursor, undo)
+                return False
+        self._insert_hold.run(cursor, **hold)
+        return True
+
+    def _fits(self, cursor: DBAPICursor, budget: Record, amount: int) -> bool:
+        values = {"b_key": budget["key"], "b_amount": amount, "b_limit": budget["limit"]}
+        if self._set_aside.run(cursor, **values):
+            return True
+        fresh = self._open_budget.run(cursor, **budget, spent=0, reserved=0)
+        return bool(fresh and self._set_aside.run(cursor, **values))
+
+    def settle(self, cursor: DBAPICursor, hold_id: str, keys: Sequence[str], amount: int, spent: int) -> bool:
+        """Turn what a hold put aside into what was spent; false if there is no such hold (any more)."""
+        if not self._delete_hold.run(cursor, b_id=hold_id):
+            return False
+        self._book.run_many(cursor, [{"b_key": key, "b_spent": spent, "b_amount": amount} for key in keys])
+        return True
+
+    def expire_holds(self, connection: Connection, now: float) -> None:
+        """Count what dead processes had put aside as spent: the call may have been billed."""
+        cursor = connection.connection.cursor()
+        for hold_id, keys, amount in self.expired(connection, now):
+            self.settle(cursor, hold_id, json.loads(keys), amount, amount)
+
+    def expired(self, connection: Connection, now: float) -> Sequence[tuple[str, str, int]]:
+        """The holds whose time is over: id, keys, amount."""
+        return self._expired.fetch(connection.connection.cursor(), b_now=now)
+
+    def budgets(self, connection: Connection, keys: Sequence[str]) -> Sequence[StoredRow]:
+        """What is spent and put aside under those of the keys that were ever used."""
+        return connection.execute(select(BUDGETS).where(BUDGETS.c.key.in_(keys))).all()
+
+    def answer(self, connection: Connection, key: str) -> StoredRow | None:
+        """A kept answer."""
+        return connection.execute(select(ANSWERS).where(ANSWERS.c.key == key)).first()
+
+    def keep_answer(self, connection: Connection, row: Record) -> None:
+        """Keep an answer, unless a newer one is there."""
+        self._upsert(connection, ANSWERS, "key", "kept_at", [row])
+
+    def deployments(self, connection: Connection) -> Sequence[StoredRow]:
+        """What is known of each deployment."""
+        return connection.execute(select(DEPLOYMENTS).order_by(DEPLOYMENTS.c.deployment)).all()
+
+    def keep_deployments(self, connection: Connection, rows: Sequence[Record]) -> None:
+        """Let others see what is known of deployments, unless somebody knows something newer."""
+        self._upsert(connection, DEPLOYMENTS, "deployment", "at", rows)
+
+    def _upsert(self, connection: Connection, table: Table, key: str, age: str, rows: Sequence[Record]) -> None:
+        statement = self.database.insert(table)
+        new = statement.excluded
+        others = {column.name: new[column.name] for column in table.columns if column.name != key}
+        newer = new[age] >= table.c[age]
+        connection.execute(statement.on_conflict_do_update(index_elements=[key], set_=others, where=newer), rows)
 
     # --- the journal ------------------------------------------------------------------------------------------------
 
@@ -516,9 +658,24 @@ class Store:
 
     def delete_runs(self, connection: Connection, run_ids: Sequence[str]) -> None:
         """Delete runs with all that belongs to them."""
-        for table in (STEPS, INTENTS, WAITS, SIGNALS, EVENTS):
+        for table in (STEPS, INTENTS, WAITS, SIGNALS, EVENTS, ATTEMPTS, BUDGETS):
             connection.execute(delete(table).where(table.c.run_id.in_(run_ids)))
         connection.execute(delete(RUNS).where(RUNS.c.id.in_(run_ids)))
+
+    def delete_router_rows(self, connection: Connection, before: float) -> None:
+        """Delete what the router kept and nobody can ask for any more.
+
+        That is budgets of windows that ended, answers, what is known of deployments that nothing was heard of since,
+        attempts outside of runs, and those that were written when their run was deleted already.
+        """
+        gone = ATTEMPTS.c.run_id.is_not(None) & ATTEMPTS.c.run_id.not_in(select(RUNS.c.id))
+        for table, outdated in (
+            (BUDGETS, BUDGETS.c.resets_at < before),
+            (ANSWERS, ANSWERS.c.kept_at < before),
+            (DEPLOYMENTS, DEPLOYMENTS.c.at < before),
+            (ATTEMPTS, or_(and_(ATTEMPTS.c.run_id.is_(None), ATTEMPTS.c.started_at < before), gone)),
+        ):
+            connection.execute(delete(table).where(outdated))
 
     def delete_orphan_payloads(self, connection: Connection, before: float) -> int:
         """Delete large values that no run or step refers to any more."""
@@ -568,4 +725,59 @@ class Store:
         return [f"run {row.id}: it has ended but is still held by a worker" for row in connection.execute(query)]
 
 
-_OWN_TABLES = [RUNS, STEPS, INTENTS, WAITS, SIGNALS, EVENTS, PAYLOADS, SESSIONS, WORKERS]
+_OWN_TABLES = [
+    *(RUNS, STEPS, INTENTS, WAITS, SIGNALS, EVENTS, PAYLOADS, SESSIONS, WORKERS),
+    *(ATTEMPTS, BUDGETS, HOLDS, ANSWERS, DEPLOYMENTS),
+]
+
+
+def _executable(
+    workflows: Mapping[str, str], roots: Sequence[str] | None, accepted: Sequence[str]
+) -> ColumnElement[bool]:
+    """Runs of ``workflows`` (name, version), and those of ``accepted`` roots; of ``roots`` only, if given."""
+    known = [and_(RUNS.c.workflow == name, RUNS.c.version == version) for name, version in workflows.items()]
+    executable = or_(*known, RUNS.c.root_id.in_(accepted))
+    return executable if roots is None else and_(executable, RUNS.c.root_id.in_(roots))
+
+
+# --- statements that are prepared -----------------------------------------------------------------------------------
+
+
+def _finish_statement() -> UpdateBase:
+    return (
+        update(RUNS)
+        .where(RUNS.c.id == bindparam("b_id"))
+        .values(
+            status=bindparam("b_status"),
+            result=bindparam("b_result"),
+            result_ref=bindparam("b_ref"),
+            error=bindparam("b_error"),
+            finished_at=bindparam("b_at"),
+            worker_id=None,
+            wake_at=None,
+            wanted=None,
+            pause_reason=None,
+            pause_until=None,
+            parked_at=None,
+            awaits=None,
+        )
+    )
+
+
+def _wake_statement() -> UpdateBase:
+    waits = and_(RUNS.c.id == bindparam("b_id"), RUNS.c.awaits == bindparam("b_awaits"))
+    return update(RUNS).where(waits).values(wake_at=bindparam("wake_at"), awaits=None)
+
+
+def _set_aside_statement() -> UpdateBase:
+    """What is there and what is asked for must fit together; looked at and changed in one statement."""
+    amount: ColumnElement[int] = bindparam("b_amount", type_=BUDGETS.c.spent.type)
+    fits = BUDGETS.c.spent + BUDGETS.c.reserved + amount <= bindparam("b_limit")
+    return update(BUDGETS).where(BUDGETS.c.key == bindparam("b_key"), fits).values(reserved=BUDGETS.c.reserved + amount)
+
+
+def _book_statement() -> UpdateBase:
+    spent: ColumnElement[int] = bindparam("b_spent", type_=BUDGETS.c.spent.type)
+    amount: ColumnElement[int] = bindparam("b_amount", type_=BUDGETS.c.spent.type)
+    changes = {"spent": BUDGETS.c.spent + spent, "reserved": BUDGETS.c.reserved - amount}
+    return update(BUDGETS).where(BUDGETS.c.key == bindparam("b_key")).values(changes)

@@ -3,17 +3,19 @@
 ``runs`` has one row a run and is the only table whose rows change often. ``steps`` is the journal: append-only, one
 row a finished step. ``intents`` says that a tool with side effects was about to start. ``waits`` says what a run is
 blocked on. ``events`` keeps what happened to a run that is not a step. Large values lie once in ``payloads``, by
-content. Times are seconds since the epoch (UTC) as floats; payload columns hold JSON text.
+content. The router's are ``attempts`` (append-only, for ``show`` and the metrics), ``budgets`` and ``holds`` (money),
+``answers`` (the exact-match cache) and ``deployments`` (what any worker knows of them). Times are seconds since the
+epoch (UTC) as floats, money is whole nano-dollars (1e-9 USD: sums are exact), payload columns hold JSON text.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import Column, Index, LargeBinary, Text, text
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Text, text
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 """The Alembic revision that these tables correspond to."""
 
 FINAL = ("done", "failed", "cancelled")
@@ -49,6 +51,16 @@ class RunRow(SQLModel, table=True):
             "parent_id",
             sqlite_where=text("parent_id IS NOT NULL"),
             postgresql_where=text("parent_id IS NOT NULL"),
+        ),
+        # Who is to be woken first when a model is back: found without looking at the others that wait for it.
+        Index(
+            "ix_runs_awaits",
+            "awaits",
+            text("priority DESC"),
+            "tried",
+            "parked_at",
+            sqlite_where=text("awaits IS NOT NULL"),
+            postgresql_where=text("awaits IS NOT NULL"),
         ),
         Index("ix_runs_root", "root_id"),
         Index("ix_runs_status", "status", "created_at"),
@@ -93,6 +105,10 @@ class RunRow(SQLModel, table=True):
     result: str | None = Field(default=None, sa_column=Column(Text))
     result_ref: str | None = None
     error: str | None = Field(default=None, sa_column=Column(Text))
+    awaits: str | None = Field(default=None, sa_column=Column(Text))
+    """The condition that wakes a run parked for models; NULL when it is not, or has been woken."""
+    tried: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    """Model calls that failed since the last one that was answered: who tried least is woken first."""
 
 
 class StepRow(SQLModel, table=True):
@@ -222,3 +238,103 @@ class WorkerRow(SQLModel, table=True):
     pid_started: str
     started_at: float
     expires_at: float
+
+
+class AttemptRow(SQLModel, table=True):
+    """One try of one deployment: the columns are the fields of the router's ``AttemptRecord``."""
+
+    __tablename__: ClassVar[Any] = "attempts"
+    __table_args__ = (
+        Index("ix_attempts_run", "run_id"),
+        # What no run takes along when it is deleted: pings, and calls of a router on its own.
+        Index(
+            "ix_attempts_loose",
+            "started_at",
+            sqlite_where=text("run_id IS NULL"),
+            postgresql_where=text("run_id IS NULL"),
+        ),
+    )
+
+    seq: int | None = Field(default=None, primary_key=True)
+    id: str
+    route: str
+    deployment: str
+    provider: str
+    model: str
+    started_at: float
+    seconds: float
+    verdict: str
+    phase: str
+    status: int | None = None
+    code: str | None = None
+    request_id: str | None = None
+    number: int
+    queue_seconds: float
+    first_token_seconds: float | None = None
+    tokens_per_second: float | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    hedged: bool
+    wasted: bool
+    detail: str = Field(sa_column=Column(Text, nullable=False))
+    run_id: str | None = None
+    path: str
+    tenant: str | None = None
+    workflow: str | None = None
+    agent: str | None = None
+
+
+class BudgetRow(SQLModel, table=True):
+    """The money of one scope in one window: what is spent, and what is put aside for calls under way."""
+
+    __tablename__: ClassVar[Any] = "budgets"
+    __table_args__ = (
+        Index(
+            "ix_budgets_run",
+            "run_id",
+            sqlite_where=text("run_id IS NOT NULL"),
+            postgresql_where=text("run_id IS NOT NULL"),
+        ),
+    )
+
+    key: str = Field(primary_key=True)
+    spent: int = Field(sa_column=Column(BigInteger, nullable=False))
+    reserved: int = Field(sa_column=Column(BigInteger, nullable=False))
+    resets_at: float | None = None
+    """When the window ends; NULL for a run's, which goes with its run."""
+    run_id: str | None = None
+
+
+class HoldRow(SQLModel, table=True):
+    """What is put aside for one attempt, under each of ``keys`` (JSON); past ``expires_at`` it counts as spent."""
+
+    __tablename__: ClassVar[Any] = "holds"
+    __table_args__ = (Index("ix_holds_expires", "expires_at"),)
+
+    id: str = Field(primary_key=True)
+    keys: str = Field(sa_column=Column(Text, nullable=False))
+    amount: int = Field(sa_column=Column(BigInteger, nullable=False))
+    expires_at: float
+
+
+class AnswerRow(SQLModel, table=True):
+    """A model's answer, kept for equal requests."""
+
+    __tablename__: ClassVar[Any] = "answers"
+    __table_args__ = (Index("ix_answers_kept", "kept_at"),)
+
+    key: str = Field(primary_key=True)
+    response: str = Field(sa_column=Column(Text, nullable=False))
+    kept_at: float
+
+
+class DeploymentRow(SQLModel, table=True):
+    """What is known of a deployment, by whoever knew it last: ``state`` is the router's, as JSON."""
+
+    __tablename__: ClassVar[Any] = "deployments"
+
+    deployment: str = Field(primary_key=True)
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    at: float
+    worker: str

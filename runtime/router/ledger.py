@@ -2,11 +2,15 @@
 
 The router knows nothing of databases. It asks this port; the engine gives it one that lies in the run's own database
 (shared by all workers), and a router that is used on its own gets ``MemoryLedger``.
+
+Money is given in USD and counted in whole nano-dollars, so that sums are exact: a cap of 1 USD holds 0.02 USD fifty
+times, and what was put aside and taken back leaves nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -18,8 +22,9 @@ Verdict = str
 class Cap:
     """A budget that covers a call: whose money, in which window, and how much of it there is.
 
-    ``key`` names scope and window, ``tenant:acme/day:2026-11-27``; equal keys share the money. ``resets_at`` is in
-    seconds since the epoch, ``None`` for a window that never starts anew (a run's).
+    ``key`` names scope and window, ``tenant:acme/day:2026-11-27``; equal keys share the money, whatever their ``usd``.
+    ``name`` is for people. ``resets_at`` is in seconds since the epoch, ``None`` for a window that never starts anew
+    (a run's, whose id is ``run_id``).
     """
 
     key: str
@@ -27,6 +32,7 @@ class Cap:
     usd: float
     on_exceeded: Literal["pause", "fail", "degrade"] = "pause"
     resets_at: float | None = None
+    run_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ class DeploymentState:
     """What one router knows of a deployment, for others to see. Times are seconds since the epoch.
 
     ``state`` is ``closed`` (healthy), ``open``, ``half_open`` or ``ramping``; ``quota_until`` is when its quota scope
-    opens again. ``first_token_p50/p95`` and ``tokens_per_second`` are what it normally does; ``limits`` what its
-    provider said of its rate limits (``requests_remaining`` and such).
+    opens again. ``first_token_p50/p95`` and ``tokens_per_second`` are what it normally does, ``usual_rate`` is
+    calls a second before it fell ill; ``limits`` is what its provider said of its rate limits (``requests_remaining`` and such).
     """
 
     deployment: str
@@ -129,6 +135,7 @@ class DeploymentState:
     first_token_p50: float | None = None
     first_token_p95: float | None = None
     tokens_per_second: float | None = None
+    usual_rate: float | None = None
     limits: Mapping[str, float] = field(default_factory=dict[str, float])
     worker: str = ""
 
@@ -140,12 +147,23 @@ class Ledger(Protocol):
         """Put ``usd`` aside under all of ``caps`` in one atomic step, or under none.
 
         A cap refuses when what is spent and what is put aside, together with ``usd``, is above it. A hold that is
-        never settled (the process died) counts as spent from ``expires_at`` on: the call may have been billed.
+        never settled (the process died) counts as spent from ``expires_at`` on: the call may have been billed. Who is
+        cancelled while he waits holds nothing.
+
+        Raises:
+            ValueError: ``usd`` is negative or not a number.
+            StoreError: The database cannot be written; nothing was put aside.
         """
         ...
 
     async def settle(self, hold: Hold, usd: float, *, now: float) -> None:
-        """Turn what was put aside into what was spent (0.0: nothing was); a hold is settled once, then it is gone."""
+        """Turn what was put aside into what was spent (0.0: nothing was); a hold is settled once, then it is gone.
+
+        ``usd`` comes from what a provider says: if it is negative or not a number, what was put aside counts.
+
+        Raises:
+            StoreError: The database cannot be written. The hold stays, and counts as spent when it expires.
+        """
         ...
 
     async def spending(self, keys: Sequence[str], *, now: float) -> dict[str, Spending]:
@@ -153,11 +171,19 @@ class Ledger(Protocol):
         ...
 
     async def answer(self, key: str) -> KeptAnswer | None:
-        """Return the answer that is kept under ``key``."""
+        """Return the answer that is kept under ``key``.
+
+        Raises:
+            StoreError: The database cannot be read.
+        """
         ...
 
     async def keep_answer(self, key: str, answer: KeptAnswer) -> None:
-        """Keep an answer; a newer one replaces an older one."""
+        """Keep an answer; a newer one replaces an older one, never the other way round.
+
+        Raises:
+            StoreError: The database cannot be written.
+        """
         ...
 
     def note_attempt(self, record: AttemptRecord) -> None:
@@ -165,22 +191,85 @@ class Ledger(Protocol):
         ...
 
     def publish(self, states: Sequence[DeploymentState]) -> None:
-        """Let others see what is known. The caller bounds the rate; it never waits and never raises."""
+        """Let others see what is known. The caller bounds the rate; it never waits and never raises.
+
+        The newest knowledge stands: a state whose last verdict (``at``) is older than that of the published one is
+        not published, so a worker that has not called a deployment for an hour cannot hide what another just learned.
+        """
         ...
 
     async def published(self) -> list[DeploymentState]:
-        """Return what was published last of each deployment, by anybody."""
+        """Return what is known of each deployment, by anybody, in the order of their names.
+
+        Raises:
+            StoreError: The database cannot be read.
+        """
         ...
 
 
-class MemoryLedger:
-    """A ledger of this process, for a router on its own and for tests. It keeps the last 10,000 attempts."""
+# --- counting -------------------------------------------------------------------------------------------------------
 
-    KEPT_ATTEMPTS = 10_000
+NANO = 1_000_000_000
+"""Nano-dollars in a USD."""
+
+LARGEST_CAP = 1e9
+"""USD. A larger cap is no cap; the sums stay within 64 bits."""
+
+_LARGEST_COST = 1e6  # USD; a provider that reports more tokens than that for one call is wrong
+
+
+def cap_nano(cap: Cap) -> int:
+    """Return the nano-dollars of a cap."""
+    return round(min(cap.usd, LARGEST_CAP) * NANO)
+
+
+def asked_nano(usd: float) -> int:
+    """Return the nano-dollars of what is to be put aside; what no cap can hold stays above every cap.
+
+    Raises:
+        ValueError: ``usd`` is negative or not a number.
+    """
+    if not usd >= 0:
+        raise ValueError(f"{usd} USD cannot be put aside: an estimate is a number from 0 up")
+    return round(min(usd, 2 * LARGEST_CAP) * NANO)
+
+
+def spent_nano(usd: float, hold: Hold) -> int:
+    """Return the nano-dollars that a hold is settled with; an amount that makes no sense counts as what it held."""
+    if math.isnan(usd) or usd < 0:
+        return asked_nano(hold.usd)
+    return round(min(usd, _LARGEST_COST) * NANO)
+
+
+def first_exceeded(caps: Iterable[Cap], sums: Mapping[str, tuple[int, int]], amount: int) -> Refusal | None:
+    """Return the first cap that ``amount`` does not fit under; ``sums`` has what is spent and put aside, by key."""
+    for cap in caps:
+        spent, reserved = sums.get(cap.key, (0, 0))
+        if spent + reserved + amount > cap_nano(cap):
+            return Refusal(cap, spent / NANO, reserved / NANO)
+    return None
+
+
+def keys_of(caps: Iterable[Cap]) -> tuple[str, ...]:
+    """Return the keys of ``caps``, each once: several caps may lie on the same money (degrade at 5 USD, fail at 10)."""
+    return tuple(dict.fromkeys(cap.key for cap in caps))
+
+
+# --- in memory ------------------------------------------------------------------------------------------------------
+
+
+class MemoryLedger:
+    """A ledger of this process, for a router on its own and for tests.
+
+    It keeps the last 10,000 attempts and answers; sums of windows that are over are dropped.
+    """
+
+    KEPT = 10_000
 
     def __init__(self) -> None:
         self.attempts: list[AttemptRecord] = []
-        self._spending: dict[str, Spending] = {}
+        self._sums: dict[str, tuple[int, int]] = {}
+        self._ends: dict[str, float] = {}
         self._holds: dict[str, tuple[Hold, float]] = {}
         self._answers: dict[str, KeptAnswer] = {}
         self._states: dict[str, DeploymentState] = {}
@@ -188,26 +277,28 @@ class MemoryLedger:
 
     async def reserve(self, caps: Sequence[Cap], usd: float, *, now: float, expires_at: float) -> Hold | Refusal:
         """See ``Ledger.reserve``; there is no await inside, so it is atomic."""
+        amount = asked_nano(usd)
         self._expire(now)
-        for cap in caps:
-            there = self._spending.get(cap.key, Spending())
-            if there.spent + there.reserved + usd > cap.usd:
-                return Refusal(cap, there.spent, there.reserved)
+        refusal = first_exceeded(caps, self._sums, amount)
+        if refusal is not None:
+            return refusal
         self._count += 1
-        hold = Hold(f"hold-{self._count}", tuple(cap.key for cap in caps), usd)
+        hold = Hold(f"hold-{self._count}", keys_of(caps), usd)
         self._holds[hold.id] = (hold, expires_at)
-        self._add(hold.keys, 0.0, usd)
+        self._add(hold.keys, 0, amount)
+        self._ends.update({cap.key: cap.resets_at for cap in caps if cap.resets_at is not None})
         return hold
 
     async def settle(self, hold: Hold, usd: float, *, now: float) -> None:
         """See ``Ledger.settle``."""
         if self._holds.pop(hold.id, None) is not None:
-            self._add(hold.keys, usd, -hold.usd)
+            self._add(hold.keys, spent_nano(usd, hold), -asked_nano(hold.usd))
 
     async def spending(self, keys: Sequence[str], *, now: float) -> dict[str, Spending]:
         """See ``Ledger.spending``."""
         self._expire(now)
-        return {key: self._spending.get(key, Spending()) for key in keys}
+        sums = {key: self._sums.get(key, (0, 0)) for key in keys}
+        return {key: Spending(spent / NANO, reserved / NANO) for key, (spent, reserved) in sums.items()}
 
     async def answer(self, key: str) -> KeptAnswer | None:
         """See ``Ledger.answer``."""
@@ -215,28 +306,41 @@ class MemoryLedger:
 
     async def keep_answer(self, key: str, answer: KeptAnswer) -> None:
         """See ``Ledger.keep_answer``."""
-        self._answers[key] = answer
+        there = self._answers.pop(key, answer)
+        self._answers[key] = answer if answer.kept_at >= there.kept_at else there
+        if len(self._answers) > self.KEPT:
+            del self._answers[next(iter(self._answers))]
 
     def note_attempt(self, record: AttemptRecord) -> None:
         """See ``Ledger.note_attempt``."""
         self.attempts.append(record)
-        if len(self.attempts) > 2 * self.KEPT_ATTEMPTS:
-            del self.attempts[: -self.KEPT_ATTEMPTS]
+        if len(self.attempts) > 2 * self.KEPT:
+            del self.attempts[: -self.KEPT]
 
     def publish(self, states: Sequence[DeploymentState]) -> None:
         """See ``Ledger.publish``."""
-        self._states.update({state.deployment: state for state in states})
+        for state in states:
+            there = self._states.get(state.deployment, state)
+            if (state.at or 0.0) >= (there.at or 0.0):
+                self._states[state.deployment] = state
 
     async def published(self) -> list[DeploymentState]:
         """See ``Ledger.published``."""
-        return list(self._states.values())
+        return [self._states[name] for name in sorted(self._states)]
 
-    def _add(self, keys: Sequence[str], spent: float, reserved: float) -> None:
+    def _add(self, keys: Iterable[str], spent: int, reserved: int) -> None:
         for key in keys:
-            there = self._spending.get(key, Spending())
-            self._spending[key] = Spending(there.spent + spent, max(0.0, there.reserved + reserved))
+            before = self._sums.get(key, (0, 0))
+            self._sums[key] = (before[0] + spent, before[1] + reserved)
 
     def _expire(self, now: float) -> None:
-        for hold, expires_at in [each for each in self._holds.values() if each[1] <= now]:
+        for hold in [hold for hold, expires_at in self._holds.values() if expires_at <= now]:
             del self._holds[hold.id]
-            self._add(hold.keys, hold.usd, -hold.usd)
+            self._add(hold.keys, asked_nano(hold.usd), -asked_nano(hold.usd))
+        if len(self._ends) > self.KEPT:
+            self._forget([key for key, end in self._ends.items() if end <= now])
+
+    def _forget(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            del self._ends[key]
+            self._sums.pop(key, None)

@@ -729,7 +729,7 @@ def test_simulate_prints_a_snippet_that_works(project: Project) -> None:
 
 
 def test_db_upgrade(project: Project) -> None:
-    assert "(new) -> 0001" in project("db", "upgrade")[0]
+    assert "(new) -> 0002" in project("db", "upgrade")[0]
     assert "nothing to do" in project("db", "upgrade")[0]
     project("run", "app.py:data", "--id", "one")
     connection = sqlite3.connect(project.folder / "ridethrough.db")
