@@ -84,8 +84,9 @@ def _names(text: str) -> frozenset[str]:
 
 
 _TOO_LONG = re.compile(
-    r"(prompt|input) is too long|maximum (context|prompt) length|input token count|"
-    r"exceeds? (the )?(available )?context|context (length|window|limit|size)|reduce the length of the (messages|prompt|input)|too many (input )?tokens"
+    r"(prompt|input) is too long|maximum (context|prompt) length|input token count|too many (input )?tokens|"
+    r"exceeds? (the )?(available )?context|context (length|window|limit|size)|"
+    r"reduce the length of the (messages|prompt|input)"
 )
 """How servers say that the conversation does not fit; none of them agrees with another on the code."""
 
