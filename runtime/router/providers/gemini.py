@@ -16,7 +16,7 @@ import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -254,6 +254,9 @@ def _level(effort: str, levels: Sequence[str]) -> str:
     return next((level for level in reversed(levels) if _EFFORTS.index(level) <= asked), levels[0])
 
 
+_HEADS = {"user": b'{"role":"user","parts":[', "model": b'{"role":"model","parts":['}
+
+
 class _Writer:
     """Writes a conversation; every message keeps its own parts, so that only new ones are written."""
 
@@ -262,6 +265,7 @@ class _Writer:
         self.notes: dict[str, None] = {}
         self._provider = provider
         self._key = f"gemini/{provider}/{'modern' if traits.modern else 'older'}"
+        self._results_of: dict[str, tuple[str, Callable[[ToolMessage], bytes]]] = {}
 
     def contents(self, messages: Iterable[Message]) -> bytes:
         """Return the turns of ``messages``, such that the provider takes them."""
@@ -277,7 +281,7 @@ class _Writer:
         if turns[-1][0] == "model":
             turns.append(("user", _dump({"text": "Continue."})))
             self.notes["the conversation ended with the model's own words, so it was asked to continue"] = None
-        return b",".join([b'{"role":"' + role.encode() + b'","parts":[' + parts + b"]}" for role, parts in turns])
+        return b",".join([_HEADS[role] + parts + b"]}" for role, parts in turns])
 
     def _results(
         self, calls: Sequence[ToolCall], followers: Sequence[Message], turns: list[tuple[str, bytes]]
@@ -299,7 +303,10 @@ class _Writer:
             self.notes["tool calls without a result were sent with an error as their result"] = None
             response = {"error": "no result was recorded"}
             return _dump({"functionResponse": {"id": call.id, "name": call.name, "response": response}})
-        return message.rendered(f"{self._key}/{call.name}", partial(_result, call.name, self.traits.modern))
+        if (known := self._results_of.get(call.name)) is None:
+            known = f"{self._key}/{call.name}", partial(_result, call.name, self.traits.modern)
+            self._results_of[call.name] = known
+        return message.rendered(*known)
 
     def _moved(self, name: str, message: ToolMessage) -> bytes:
         if isinstance(message.content, str):
@@ -331,6 +338,9 @@ def _answers(messages: Iterable[Message]) -> Iterator[tuple[AssistantMessage | N
 
 def _matched(calls: Sequence[ToolCall], followers: Sequence[Message]) -> tuple[list[ToolMessage | None], list[Message]]:
     """Find the result of each call; the rest are messages of other kinds and results of no call."""
+    first = [message for message in followers[: len(calls)] if isinstance(message, ToolMessage)]
+    if [message.tool_call_id for message in first] == [call.id for call in calls]:
+        return [*first], list(followers[len(calls) :])  # as nearly always
     found: list[ToolMessage | None] = [None] * len(calls)
     waiting: dict[str, list[int]] = {}
     for place, call in enumerate(calls):
@@ -451,30 +461,39 @@ def _call(call: ToolCall, provider: str) -> dict[str, Any]:
     return part
 
 
-def _dropped(messages: Iterable[Message], provider: str) -> Iterator[str]:
+def _dropped(messages: Iterable[Message], provider: str) -> Iterable[str]:
     """Say what of the conversation this wire cannot carry."""
-    thoughts: set[str] = set()
-    items: set[str] = set()
-    begun = late = images = False
+    key, find = f"gemini/{provider}/dropped", partial(_dropped_of, provider)
+    told: dict[str, None] = {}
+    begun = False
     for message in messages:
-        parts = () if isinstance(message.content, str) else message.content
-        thoughts |= {part.provider for part in parts if isinstance(part, ReasoningPart) and part.provider != provider}
-        items |= {part.provider for part in parts if isinstance(part, ProviderPart) and part.provider != provider}
-        if isinstance(message, AssistantMessage):
-            signed = [call for call in message.tool_calls if _SIGNATURE in call.data]
-            thoughts |= {call.provider for call in signed if call.provider != provider}
-        if isinstance(message, SystemMessage):
-            late = late or begun
-            images = images or any(isinstance(part, ImagePart) for part in parts)
-        begun = begun or not isinstance(message, SystemMessage)
-    for name in sorted(thoughts):
-        yield f"reasoning of {name or 'an unknown provider'} was left out: only that provider can read it"
-    for name in sorted(items):
-        yield f"items of {name or 'an unknown provider'} were left out: only that provider can read them"
-    if late:
-        yield "instructions in mid-conversation were sent before it: this wire has them only there"
-    if images:
-        yield "images in instructions were left out: this wire takes text there"
+        if message.role != "system":
+            begun = True
+        elif begun:
+            told["instructions in mid-conversation were sent before it: this wire has them only there"] = None
+        if lines := message.rendered(key, find):
+            told |= dict.fromkeys(lines.decode().splitlines())
+    return told
+
+
+def _dropped_of(provider: str, message: Message) -> bytes:
+    """Return a line for each kind of thing in ``message`` that is left out."""
+    parts = () if isinstance(message.content, str) else message.content
+    calls = message.tool_calls if isinstance(message, AssistantMessage) else ()
+    thoughts = {part.provider for part in parts if isinstance(part, ReasoningPart)}
+    thoughts |= {call.provider for call in calls if _SIGNATURE in call.data}
+    items = {part.provider for part in parts if isinstance(part, ProviderPart)}
+    lines = [
+        f"reasoning of {name or 'an unknown provider'} was left out: only that provider can read it"
+        for name in sorted(thoughts - {provider})
+    ]
+    lines += [
+        f"items of {name or 'an unknown provider'} were left out: only that provider can read them"
+        for name in sorted(items - {provider})
+    ]
+    if isinstance(message, SystemMessage) and any(isinstance(part, ImagePart) for part in parts):
+        lines.append("images in instructions were left out: this wire takes text there")
+    return "\n".join(lines).encode()
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
