@@ -63,7 +63,6 @@ class Traits:
 
 FAMILIES: tuple[tuple[re.Pattern[str], Traits], ...] = (
     (re.compile(r"gemini-2\.5-pro"), Traits(modern=False, budget=(128, 32768))),
-    (re.compile(r"gemini-2\.5-flash-lite"), Traits(modern=False, budget=(0, 24576))),
     (re.compile(r"gemini-2\.5"), Traits(modern=False, budget=(0, 24576))),
     (re.compile(r"gemini-[12](\.\d)?-|gemma|learnlm"), Traits(modern=False)),
     (re.compile(r"gemini-3-pro"), Traits(levels=("low", "high"))),
