@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from ridethrough.runtime.models_cli import models_group
 from ridethrough.runtime.options import FAILED, OK, Command, Group, Options, parse_json, put, say
 
 if TYPE_CHECKING:
@@ -485,6 +486,7 @@ COMMANDS: tuple[click.Command, ...] = (
     signal_command,
     approve_command,
     deny_command,
+    models_group,
     simulate_command,
     doctor_command,
     db_group,

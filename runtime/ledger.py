@@ -168,7 +168,7 @@ class DatabaseLedger:
     async def published(self) -> list[DeploymentState]:
         """See ``Ledger.published``."""
         rows = await self._store.read(self._store.deployments)
-        return [_state(json.loads(row.state)) for row in rows]
+        return [state_of(json.loads(row.state)) for row in rows]
 
     async def flush(self) -> None:
         """Write what was gathered, and wait until it is on disk (or until it is known that it cannot be)."""
@@ -278,6 +278,6 @@ def _state_row(state: DeploymentState) -> Record:
     return {"deployment": state.deployment, "state": text, "at": state.at or 0.0, "worker": state.worker}
 
 
-def _state(values: Mapping[str, Any]) -> DeploymentState:
+def state_of(values: Mapping[str, Any]) -> DeploymentState:
     """A state as it was written, perhaps by a version that knows more."""
     return DeploymentState(**{name: value for name, value in values.items() if name in _STATE_FIELDS})

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ridethrough.runtime.views import Blocker, RunView, StepView, WaitView
+from ridethrough.runtime.views import AttemptView, Blocker, RunView, StepView, WaitView
 
 if TYPE_CHECKING:
     from ridethrough.runtime.options import Options
@@ -195,6 +195,8 @@ def run_page(run: RunView, options: Options, *, all_steps: bool) -> str:
     parts = [_facts(run)]
     if run.steps:
         parts.append(_steps(run.steps, all_steps))
+    if run.attempts:
+        parts.append("attempts\n" + _attempts(run.attempts, all_steps))
     if run.waits:
         parts.append("waits for\n" + "\n".join(f"  {line}" for line in _wait_lines(run, options)))
     if run.result is not None:
@@ -258,6 +260,31 @@ def _inside(step: StepView) -> Iterator[str]:
         yield f"    in   {shortened(step.input, 160)}"
     if step.output is not None:
         yield f"    out  {shortened(step.output, 160)}"
+
+
+def _attempts(attempts: Sequence[AttemptView], everything: bool) -> str:
+    shown = attempts if everything else attempts[-TIMELINE:]
+    head = ("STARTED", "STEP", "DEPLOYMENT", "VERDICT", "TIME", "QUEUED", "FIRST TOKEN", "TOKENS/S", "COST", "")
+    text = table(head, (_attempt_row(attempt) for attempt in shown))
+    left = len(attempts) - len(shown)
+    return f"… {left} earlier attempts (--steps shows all)\n{text}" if left else text
+
+
+def _attempt_row(attempt: AttemptView) -> tuple[str, ...]:
+    verdict = f"{attempt.verdict} ({attempt.phase})" if attempt.phase else attempt.verdict
+    flags = [name for name, holds in (("hedge", attempt.hedged), ("wasted", attempt.wasted)) if holds]
+    return (
+        when(attempt.started_at),
+        plain(attempt.path),
+        plain(attempt.deployment),
+        verdict,
+        seconds(attempt.seconds),
+        seconds(attempt.queue_seconds) if attempt.queue_seconds >= 0.001 else "",
+        "" if attempt.first_token_seconds is None else seconds(attempt.first_token_seconds),
+        "" if attempt.tokens_per_second is None else f"{attempt.tokens_per_second:.0f}",
+        "?" if attempt.cost_usd is None else dollars(attempt.cost_usd),
+        "; ".join([*flags, *([shortened(attempt.detail, 80)] if attempt.detail else [])]),
+    )
 
 
 def _block(value: Any) -> str:

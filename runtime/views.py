@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
 from ridethrough.runtime import control, lease, payload
+from ridethrough.runtime.config import Config, Model, is_direct
+from ridethrough.runtime.ledger import state_of
+from ridethrough.runtime.router.ledger import DeploymentState
 from ridethrough.runtime.store import Store, StoredRow
 from ridethrough.runtime.tables import FINAL
 
@@ -76,6 +79,38 @@ class StepView(BaseModel):
     error: ErrorView | None = None
 
 
+class AttemptView(BaseModel):
+    """One try of one deployment. Durations are in seconds, ``cost_usd`` is ``None`` when no price is known.
+
+    ``path`` is the step that asked. ``verdict`` is ``ok``, an error's class, ``hedged`` (another one was quicker) or
+    ``abandoned``; ``phase`` says how far a failed one came; ``wasted`` that nobody used what it answered.
+    """
+
+    path: str
+    number: int
+    route: str
+    deployment: str
+    provider: str
+    model: str
+    agent: str | None
+    started_at: datetime
+    seconds: float
+    verdict: str
+    phase: str
+    status: int | None
+    code: str | None
+    request_id: str | None
+    queue_seconds: float
+    first_token_seconds: float | None
+    tokens_per_second: float | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cost_usd: float | None
+    hedged: bool
+    wasted: bool
+    detail: str
+
+
 class WaitView(BaseModel):
     """Something that a run is blocked on."""
 
@@ -118,10 +153,11 @@ class RunView(BaseModel):
     waits: list[WaitView] = []
     children: list[str] = []
     steps: list[StepView] | None = None
+    attempts: list[AttemptView] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; ``steps`` is left out where it was not asked for."""
-        return self.model_dump(mode="json", exclude={"steps"} if self.steps is None else set())
+        """Plain data; ``steps`` and ``attempts`` are left out where they were not asked for."""
+        return self.model_dump(mode="json", exclude={"steps", "attempts"} if self.steps is None else set())
 
 
 def _time(seconds: float | None) -> datetime | None:
@@ -204,6 +240,7 @@ def show_run(store: Store, connection: Connection, run_id: str, *, steps: bool) 
     view.children = [child.id for child in reversed(store.runs(connection, parent=run_id, limit=None))]
     if steps:
         view.steps = _steps(store, connection, run_id)
+        view.attempts = [_attempt_view(row) for row in store.attempts(connection, run_id)]
     return view
 
 
@@ -255,6 +292,11 @@ def _step_view(row: StoredRow) -> StepView:
         output=f"(stored apart: {row.output_ref})" if row.output_ref else json.loads(row.output or "null"),
         error=_error(row.error),
     )
+
+
+def _attempt_view(row: StoredRow) -> AttemptView:
+    values = {name: getattr(row, name) for name in AttemptView.model_fields}
+    return AttemptView.model_validate({**values, "started_at": _when(row.started_at)})
 
 
 def _intent_view(row: StoredRow) -> StepView:
@@ -320,3 +362,86 @@ def unfinished(store: Store, connection: Connection) -> Sequence[str]:
     """The ids of runs that have not ended, are nobody's child, and that no live worker holds, oldest first."""
     live = {worker.id for worker in store.workers(connection) if not lease.is_gone(worker, lease.lease_clock())}
     return [row.id for row in store.unfinished(connection) if row.worker_id not in live]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class DeploymentView(BaseModel):
+    """A deployment as it is configured, and what any process found out about it last.
+
+    ``state`` is ``unknown`` until somebody has called it, ``closed`` when it is healthy, ``open`` when calls are kept
+    away until ``until``, ``half_open`` while one call tries it, ``ramping`` while it gets its share back. ``quota``
+    names the rate limit it shares, which is used up until ``quota_until``. ``verdict`` is what came of its last call,
+    which was at ``at``. Durations are in seconds.
+    """
+
+    name: str
+    provider: str
+    model: str
+    tier: str | None
+    routes: list[str]
+    state: str
+    since: datetime | None
+    until: datetime | None
+    quota: str
+    quota_until: datetime | None
+    quota_reason: str
+    in_flight: int
+    waiting: int
+    limit: int | None
+    answered: int
+    failed: int
+    error_rate: float
+    first_token_p50: float | None
+    first_token_p95: float | None
+    tokens_per_second: float | None
+    limits: dict[str, float]
+    verdict: str
+    detail: str
+    at: datetime | None
+    worker: str
+
+
+def list_deployments(config: Config, rows: Iterable[StoredRow]) -> list[DeploymentView]:
+    """The configured deployments in the file's order, then those that calls named directly, each with its state.
+
+    ``rows`` are those of ``Store.deployments``; what is known of deployments that are not configured any more is left
+    out.
+    """
+    known = {row.deployment: row for row in rows}
+    direct = [name for name in known if name not in config.models and is_direct(config, name)]
+    return [_deployment_view(config, name, known.get(name)) for name in (*config.models, *sorted(direct))]
+
+
+def _deployment_view(config: Config, name: str, row: StoredRow | None) -> DeploymentView:
+    provider, _, model_name = name.partition("/")
+    model = config.models.get(name) or Model.model_validate({"provider": provider, "model": model_name})
+    state = DeploymentState(name) if row is None else state_of({**json.loads(row.state), "deployment": name})
+    return DeploymentView(
+        name=name,
+        provider=model.provider,
+        model=model.model,
+        tier=model.tier,
+        routes=[route for route, settings in config.routes.items() if name in settings.models],
+        state=state.state,
+        since=_time(state.since),
+        until=_time(state.until),
+        quota=state.quota or model.quota or "",
+        quota_until=_time(state.quota_until),
+        quota_reason=state.quota_reason,
+        in_flight=state.in_flight,
+        waiting=state.waiting,
+        limit=state.limit,
+        answered=state.answered,
+        failed=state.failed,
+        error_rate=state.error_rate,
+        first_token_p50=state.first_token_p50,
+        first_token_p95=state.first_token_p95,
+        tokens_per_second=state.tokens_per_second,
+        limits=dict(state.limits),
+        verdict=state.verdict,
+        detail=state.detail,
+        at=_time(state.at),
+        worker=state.worker if row is None else row.worker,
+    )
