@@ -307,7 +307,8 @@ def test_a_thought_goes_back_only_with_what_followed_it() -> None:
     body, notes = rendered(USER, broken_off.message, USER)
     assert len(body["input"]) == 2
     assert "broke off" in notes
-    edited = AssistantMessage(content=(parsed(thought(1), said("x")).message.content[0], TextPart(text="changed")))
+    kept = ReasoningPart(provider="p", data=thought(1))
+    edited = AssistantMessage(content=(kept, TextPart(text="changed")))
     assert items(USER, edited)[1:] == [{"role": "assistant", "content": "changed"}]
 
 
@@ -338,6 +339,18 @@ def test_other_items_are_kept_whole() -> None:
     parts = [part for part in answer.message.content if isinstance(part, ProviderPart)]
     assert [part.kind for part in parts] == ["compaction", "message"]
     assert items(answer.message)[0] == {"id": "cmp_1", "type": "compaction", "encrypted_content": "gAAA"}
+    odd = {"type": "message", "role": "user", "content": ["text", {"text": 3}]}
+    assert items(parsed(odd).message) == [odd]
+
+
+def test_citations_stay_with_the_text_they_are_about() -> None:
+    cited = said("see", phase="final_answer")
+    cited["content"][0]["annotations"] = [{"type": "url_citation", "url": "https://a.example", "start_index": 0}]
+    message = parsed(cited).message
+    assert items(message)[0]["content"][0]["annotations"] == cited["content"][0]["annotations"]
+    envelope = next(part for part in message.content if isinstance(part, ProviderPart))
+    changed = AssistantMessage(content=(envelope, TextPart(text="a"), TextPart(text="b")))
+    assert [piece.get("annotations") for piece in items(changed)[0]["content"]] == [None, None]
 
 
 # --- conversations from elsewhere -----------------------------------------------------------------------------------
@@ -640,7 +653,7 @@ def test_an_error_in_a_stream_has_the_class_of_its_code(piece: bytes, kind: str)
     [("max_output_tokens", "length"), ("content_filter", "content_filter"), ("because", "other"), (None, "other")],
 )
 def test_incomplete_answers(reason: str | None, finish: str) -> None:
-    more = {"status": "incomplete", "incomplete_details": {"reason": reason} if reason else None}
+    more: dict[str, Any] = {"status": "incomplete", "incomplete_details": {"reason": reason} if reason else None}
     answer = parsed(said("x"), **more)
     assert answer.finish == finish
     assert bool(answer.notes) == (finish == "other")

@@ -281,6 +281,7 @@ class _Conversation:
         self._provider = provider
         self._reasons = reasons
         self._key = f"{_WIRE}/{provider}" if reasons else f"{_WIRE}/{provider}/unreasoned"
+        self._writer = _Writer(provider, reasons, "")
         self._pieces: list[bytes] = []
         self._used: set[str] = set()
 
@@ -307,9 +308,10 @@ class _Conversation:
                 self._write(other, suffix)
             else:
                 others.append(other)
-        for id in [call.id for call in message.tool_calls if call.id in missing]:
+        if missing:
             self._note("tool calls without a result were given one that says so")
-            self._pieces.append(_dump(_output(_wire_id(id + suffix), "[no result was recorded]")))
+            ids = [_wire_id(call.id + suffix) for call in message.tool_calls if call.id in missing]
+            self._pieces += [_dump(_output(id, "[no result was recorded]")) for id in ids]
         self._plain(others)
 
     def _plain(self, messages: Iterable[Message]) -> None:
@@ -321,8 +323,11 @@ class _Conversation:
                 self._write(message, "")
 
     def _write(self, message: Message, suffix: str) -> None:
-        write = _Writer(self._provider, self._reasons, suffix)
-        self._pieces.append(message.rendered(f"{self._key}#{suffix}" if suffix else self._key, write))
+        if suffix:
+            write = _Writer(self._provider, self._reasons, suffix)
+            self._pieces.append(message.rendered(f"{self._key}#{suffix}", write))
+        else:
+            self._pieces.append(message.rendered(self._key, self._writer))
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -406,10 +411,10 @@ class _Items:
         self._provider = provider
         self._reasons = reasons
         self._suffix = suffix
-        self._items: list[dict[str, Any]] = []
+        self._items: list[dict[str, Any] | _Saying] = []
         self._calls: list[dict[str, Any]] = []
         self._written = 0
-        self._open: dict[str, Any] | None = None
+        self._open: _Saying | None = None
 
     def build(self, message: AssistantMessage) -> list[dict[str, Any]]:
         """Return the items that can go back."""
@@ -424,7 +429,8 @@ class _Items:
         if message.refusal is not None:
             self._say({"type": "refusal", "refusal": message.refusal})
         self._calls_until(len(self._calls))
-        return _paired([_closed(item) for item in self._items if not ("role" in item and item["content"] == [])])
+        items = [item.item() if isinstance(item, _Saying) else item for item in self._items]
+        return _paired([item for item in items if item is not None])
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
         """Write a call; broken arguments are wrapped, since servers refuse a history that is not JSON."""
@@ -445,16 +451,16 @@ class _Items:
         """Open the message whose envelope this is, or write an item as it came, if its answer is ``whole``."""
         self._open = None
         if _is_envelope(part):
-            self._open = {**part.data, "content": []}
+            self._open = _Saying(part.data)
             self._items.append(self._open)
         elif whole:
             self._items.append({**part.data})
 
     def _say(self, piece: dict[str, Any]) -> None:
         if self._open is None:
-            self._open = {"role": "assistant", "content": []}
+            self._open = _Saying({})
             self._items.append(self._open)
-        self._open["content"].append(piece)
+        self._open.pieces.append(piece)
 
 
 def _parts(content: Content) -> Iterable[Part]:
@@ -484,21 +490,32 @@ def _is_lost(part: Part, provider: str, reasons: bool) -> bool:
     return not (reasons and there and part.data.get("type") == "reasoning")
 
 
-def _closed(item: dict[str, Any]) -> dict[str, Any]:
-    """Finish a message: notes on its texts return to them, and one of texts alone takes the plain form."""
-    pieces = item.get("content")
-    if "role" not in item or not isinstance(pieces, list):
-        return item
-    if "type" not in item:
-        if all("text" in piece for piece in pieces):
-            return {**item, "content": "".join(piece["text"] for piece in pieces)}
-        return {"type": "message", **item}
-    annotations = item.pop("annotations", None)
-    texts = [piece for piece in pieces if piece["type"] == "output_text"]
-    if isinstance(annotations, list) and len(annotations) == len(texts):
-        for piece, noted in zip(texts, annotations, strict=True):
-            piece["annotations"] = noted
-    return item
+@dataclass
+class _Saying:
+    """A message that is being written: its envelope, empty when it came without one, and what is said in it."""
+
+    envelope: Mapping[str, Any]
+    pieces: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def item(self) -> dict[str, Any] | None:
+        """Return the item, in the plain form where text is all it has; ``None`` when nothing is said."""
+        if not self.pieces:
+            return None
+        if self.envelope:
+            envelope = {key: value for key, value in self.envelope.items() if key != "annotations"}
+            return {**envelope, "content": list(self._annotated())}
+        if any(piece["type"] == "refusal" for piece in self.pieces):
+            return {"type": "message", "role": "assistant", "content": self.pieces}
+        return {"role": "assistant", "content": "".join(piece["text"] for piece in self.pieces)}
+
+    def _annotated(self) -> Iterator[dict[str, Any]]:
+        """Yield the pieces; texts that are still those that came get their annotations back."""
+        texts = [piece for piece in self.pieces if piece["type"] == "output_text"]
+        annotations = self.envelope.get("annotations")
+        if isinstance(annotations, list) and len(noted := list[Any](annotations)) == len(texts):
+            texts = [{**piece, "annotations": of} for piece, of in zip(texts, noted, strict=True)]
+        yield from texts
+        yield from (piece for piece in self.pieces if piece["type"] != "output_text")
 
 
 def _paired(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
