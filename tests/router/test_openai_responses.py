@@ -210,9 +210,8 @@ def test_items_go_back_in_the_order_they_came() -> None:
         "status": "completed",
         "action": {"type": "search", "query": "q"},
     }
-    cited = said("see", annotations=[])
+    cited = said("see")
     cited["content"][0]["annotations"] = [{"type": "url_citation", "url": "https://a.example", "start_index": 0}]
-    del cited["annotations"]
     output = [
         thought(1),
         called(1),
