@@ -173,8 +173,8 @@ def test_images_go_where_the_wire_takes_them() -> None:
     assert last[1]["content"] == [text("no")]
     assert last[2:] == [image, text("[an image of type image/bmp was left out]")]
     assert [note.split(":")[0] for note in rendered(messages).notes] == [
-        "images of type image/bmp were left out",
         "images of failed tool calls were sent after their results",
+        "images of type image/bmp were left out",
     ]
 
 
@@ -234,6 +234,16 @@ def test_a_conversation_of_another_wire_is_made_valid() -> None:
     assert [tool["name"] for tool in loaded["tools"]] == ["a_b", "f"]
     assert loaded["tool_choice"] == {"type": "none"}
     assert len(got.notes) == 5
+
+
+@pytest.mark.parametrize("id", ["facts", "images", "orphan", "late", "result"])
+def test_an_id_is_never_taken_for_another_rendering(id: str) -> None:
+    failed = result(id, (TextPart(text="no"), IMAGE), is_error=True)
+    call = AssistantMessage(content=(TextPart(text="x"),), tool_calls=calling(id).tool_calls)
+    alone = turns([user("q"), failed])
+    check(body([user("q"), call, failed]))
+    check(body([user("q"), call, failed]))
+    assert turns([user("q"), failed]) == alone
 
 
 def test_what_is_put_in_stays_in() -> None:
@@ -586,7 +596,7 @@ def test_reasoning_of_another_provider_is_left_out() -> None:
     other = AnthropicMessages("other").render(ModelRequest([user("q"), answer]), OLD, stream=False)
     assert b"c2ln" not in other.body
     assert b"caller" not in other.body
-    assert other.notes[-1] == "reasoning of p was left out: only that provider can read it"
+    assert other.notes[0] == "reasoning of p was left out: only that provider can read it"
 
 
 def test_bound_thoughts_may_be_dropped() -> None:

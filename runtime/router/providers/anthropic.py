@@ -89,8 +89,7 @@ class AnthropicMessages:
             "anthropic-version": VERSION,
             **head.headers,
         }
-        notes = (*head.notes, *talk.notes, *_dropped(request.messages, self.provider))
-        return Rendered("v1/messages", body, headers, notes)
+        return Rendered("v1/messages", body, headers, (*head.notes, *talk.notes))
 
     def parse(self, body: bytes, deployment: str) -> Answer:
         """Read a body that came with status 200."""
@@ -142,7 +141,7 @@ class _Head:
     def _choose_tools(self) -> None:
         choice = self._request.tool_choice
         if not self._request.tools:
-            if self._talk.names:  # the stand-ins are there to be understood, not to be called
+            if self._talk.calls:  # the stand-ins are there to be understood, not to be called
                 self.body["tool_choice"] = {"type": "none"}
         elif choice == "none":
             self.body["tool_choice"] = {"type": "none"}
@@ -278,9 +277,10 @@ class _Talk:
     def __init__(self, provider: str, messages: Iterable[Message]) -> None:
         self.system: list[bytes] = []
         self.notes: list[str] = []
-        self.names: dict[str, None] = {}
+        self.calls: list[ToolCall] = []
         self.thought = False
         self._provider = provider
+        self._key = f"anthropic/{provider}"
         self._turns: list[_Turn] = []
         self._results: list[bytes] = []
         self._others: list[bytes] = []
@@ -311,15 +311,17 @@ class _Talk:
 
     def stand_ins(self) -> list[bytes]:
         """Return tools by the names of the calls: a conversation with calls is refused without any tools."""
-        return [_dump({"name": name, "description": "", "input_schema": {"type": "object"}}) for name in self.names]
+        names = dict.fromkeys(map(_name, self.calls))
+        return [_dump({"name": name, "description": "", "input_schema": {"type": "object"}}) for name in names]
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
     def _add(self, message: Message) -> None:
+        marks = b"" if isinstance(message.content, str) else self._marks(message)
         if isinstance(message, AssistantMessage):
-            self._assistant(message)
+            self._assistant(message, marks)
         elif isinstance(message, ToolMessage):
             self._result(message)
         elif isinstance(message, UserMessage):
@@ -330,28 +332,32 @@ class _Talk:
         else:
             self.system += _filled(message.rendered("anthropic", _system))
 
-    def _assistant(self, message: AssistantMessage) -> None:
+    def _marks(self, message: Message) -> bytes:
+        """Return the marks of ``message`` and take over its notes."""
+        facts = message.rendered("facts/" + self._key, partial(_facts, provider=self._provider))
+        marks, *notes = facts.split(b"\n")
+        for note in notes:
+            self._note(note.decode())
+        return marks
+
+    def _assistant(self, message: AssistantMessage, marks: bytes) -> None:
         ids = [self._unique(call.id) for call in message.tool_calls]
-        key = "/".join(("anthropic", self._provider, *ids))
+        key = "/".join((self._key, *ids))
         if not (piece := message.rendered(key, partial(_assistant, ids=ids, provider=self._provider))):
             return
         self._end_user_turn()
         if not self._turns:
             self._say(_NO_BEGINNING, "(The conversation begins with an answer.)")
-        self._answer(message, piece)
-        self._open = list(zip(message.tool_calls, ids, strict=True))
-        self.names.update((_name(call), None) for call in message.tool_calls)
-
-    def _answer(self, message: AssistantMessage, piece: bytes) -> None:
-        thoughts = [_is_thought(part, self._provider) for part in _parts(message.content) if not _is_blank(part)]
-        self.thought = self.thought or any(thoughts)
-        if self._turns[-1].role == "assistant" and self._paused:
+        if self._paused and self._turns[-1].role == "assistant":
             self._turns[-1].pieces.append(piece)
         else:
             self._end_assistant_turn()
             self._turns.append(_Turn("assistant", [piece]))
-            self._begun_thinking = bool(thoughts) and thoughts[0]
-        self._paused = _is_paused(message, self._provider)
+            self._begun_thinking = _BEGINS in marks
+        self.thought = self.thought or _THINKS in marks
+        self._paused = _PAUSES in marks and not ids
+        self._open = list(zip(message.tool_calls, ids, strict=True))
+        self.calls += message.tool_calls
 
     def _say(self, note: str, text: str) -> None:
         """Say something for the user, where the wire wants something said."""
@@ -371,7 +377,7 @@ class _Talk:
         for number, (call, id) in enumerate(self._open):
             if call.id == message.tool_call_id:
                 del self._open[number]
-                self._results.append(message.rendered(f"anthropic/{id}", partial(_result, id=id)))
+                self._results.append(message.rendered(f"anthropic/result/{id}", partial(_result, id=id)))
                 self._others += _filled(message.rendered("anthropic/images", _images_of_error))
                 return
         self._note(_ORPHAN)
@@ -402,18 +408,10 @@ def _filled(piece: bytes) -> list[bytes]:
     return [piece] if piece else []
 
 
-def _is_blank(part: Part) -> bool:
-    return isinstance(part, TextPart) and not part.text.strip()
-
-
-def _is_paused(message: AssistantMessage, provider: str) -> bool:
-    """Whether the provider paused its own tools, and wants its turn back as it is."""
-    last = _parts(message.content)[-1:]
-    ended = any(isinstance(part, ProviderPart) and part.kind != _CITATIONS and _is_own(part, provider) for part in last)
-    return ended and not message.tool_calls
-
-
 # --- requests: messages ---------------------------------------------------------------------------------------------
+
+_THINKS, _BEGINS, _PAUSES = b"t", b"b", b"p"
+"""Marks of an answer: has a thought of the provider's, begins with one, ends with an item of it."""
 
 _IMAGES = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
 _DATA_URL = re.compile(r"data:([^;,]+);base64,(.*)", re.DOTALL)
@@ -531,10 +529,6 @@ def _is_own(part: Part, provider: str) -> bool:
     return isinstance(part, ProviderPart) and part.provider == provider and part.data.get("type") == part.kind
 
 
-def _is_thought(part: Part, provider: str) -> bool:
-    return isinstance(part, ReasoningPart) and _is_own(part, provider)
-
-
 def _call(call: ToolCall, id: str, provider: str) -> dict[str, Any]:
     block: dict[str, Any] = {"type": "tool_use", "id": id, "name": _name(call), "input": _input(call)}
     if call.provider == provider and "caller" in call.data:
@@ -558,26 +552,42 @@ def _input(call: ToolCall) -> dict[str, Any]:
     return call.arguments
 
 
-def _dropped(messages: Iterable[Message], provider: str) -> Iterator[str]:
-    """Say what of the messages this wire cannot carry."""
-    rich = [(message, part) for message in messages if message.content for part in _rich(message.content)]
-    reasoning = [part for _, part in rich if isinstance(part, ReasoningPart)]
-    items = [part for _, part in rich if isinstance(part, ProviderPart)]
-    images = [(message, part) for message, part in rich if isinstance(part, ImagePart)]
-    for name in sorted({part.provider for part in reasoning if not _is_own(part, provider)}):
-        yield f"reasoning of {name or 'an unknown provider'} was left out: only that provider can read it"
-    for name in sorted({part.provider for part in items if not _is_own(part, provider)}):
-        yield f"items of {name or 'an unknown provider'} were left out: only that provider can read them"
-    if any(isinstance(message, AssistantMessage | SystemMessage) for message, _ in images):
-        yield "images in answers and system messages were left out: this wire takes text there"
-    for kind in sorted({kind for _, part in images for kind, data in [_source(part)] if data and kind not in _IMAGES}):
-        yield f"images of type {kind} were left out: this wire does not take them"
-    if any(isinstance(message, ToolMessage) and message.is_error for message, _ in images):
-        yield "images of failed tool calls were sent after their results: this wire takes text there"
+def _facts(message: Message, provider: str) -> bytes:
+    """Return what the layout of turns depends on: a line of marks, then one for each thing that cannot be carried."""
+    parts = [part for part in _parts(message.content) if not (isinstance(part, TextPart) and not part.text.strip())]
+    own = [part for part in parts if isinstance(part, ReasoningPart | ProviderPart) and _is_own(part, provider)]
+    marks = b""
+    if any(isinstance(part, ReasoningPart) for part in own):
+        marks += _THINKS
+    if own and own[0] is parts[0] and isinstance(own[0], ReasoningPart):
+        marks += _BEGINS
+    if own and own[-1] is parts[-1] and isinstance(own[-1], ProviderPart) and own[-1].kind != _CITATIONS:
+        marks += _PAUSES
+    notes = dict.fromkeys(note for part in parts if (note := _dropped(part, message, provider)))
+    return b"\n".join([marks, *(note.encode("utf-8", "replace").replace(b"\n", b" ") for note in notes)])
 
 
-def _rich(content: Content) -> tuple[Part, ...]:
-    return () if isinstance(content, str) else content
+def _dropped(part: Part, message: Message, provider: str) -> str | None:
+    """Say what of ``part`` this wire cannot carry."""
+    if isinstance(part, ImagePart):
+        return _dropped_image(part, message)
+    if isinstance(part, TextPart) or _is_own(part, provider):
+        return None
+    name = part.provider or "an unknown provider"
+    if isinstance(part, ReasoningPart):
+        return f"reasoning of {name} was left out: only that provider can read it"
+    return f"items of {name} were left out: only that provider can read them"
+
+
+def _dropped_image(part: ImagePart, message: Message) -> str | None:
+    if isinstance(message, AssistantMessage | SystemMessage):
+        return "images in answers and system messages were left out: this wire takes text there"
+    kind, data = _source(part)
+    if data is not None and kind not in _IMAGES:
+        return f"images of type {kind} were left out: this wire does not take them"
+    if isinstance(message, ToolMessage) and message.is_error:
+        return "images of failed tool calls were sent after their results: this wire takes text there"
+    return None
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
