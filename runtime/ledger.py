@@ -24,7 +24,6 @@ from ridethrough.runtime import payload
 from ridethrough.runtime.errors import StoreError
 from ridethrough.runtime.journal import Journal, Unit
 from ridethrough.runtime.router.ledger import (
-    NANO,
     AttemptRecord,
     Cap,
     DeploymentState,
@@ -36,6 +35,7 @@ from ridethrough.runtime.router.ledger import (
     cap_nano,
     first_exceeded,
     keys_of,
+    spending_of,
     spent_nano,
 )
 from ridethrough.runtime.store import ATTEMPT_COLUMNS, Record, Store
@@ -123,17 +123,11 @@ class DatabaseLedger:
     async def spending(self, keys: Sequence[str], *, now: float) -> dict[str, Spending]:
         """See ``Ledger.spending``."""
 
-        def read(connection: Connection) -> dict[str, tuple[int, int]]:
-            sums = self._sums(connection, keys)
-            for _, held, amount in self._store.expired(connection, now):
-                for key in json.loads(held):
-                    spent, reserved = sums.get(key, (0, 0))
-                    sums[key] = (spent + amount, reserved - amount)
-            return sums
+        def read(connection: Connection) -> dict[str, Spending]:
+            expired = [(json.loads(held), amount) for _, held, amount in self._store.expired(connection, now)]
+            return spending_of(keys, self._sums(connection, keys), expired)
 
-        sums = await self._store.read(read)
-        found = {key: sums.get(key, (0, 0)) for key in keys}
-        return {key: Spending(spent / NANO, reserved / NANO) for key, (spent, reserved) in found.items()}
+        return await self._store.read(read)
 
     def _sums(self, connection: Connection, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
         return {row.key: (row.spent, row.reserved) for row in self._store.budgets(connection, keys)}

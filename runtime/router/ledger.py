@@ -112,8 +112,9 @@ class DeploymentState:
     """What one router knows of a deployment, for others to see. Times are seconds since the epoch.
 
     ``state`` is ``closed`` (healthy), ``open``, ``half_open`` or ``ramping``; ``quota_until`` is when its quota scope
-    opens again. ``first_token_p50/p95`` and ``tokens_per_second`` are what it normally does, ``usual_rate`` is
-    calls a second before it fell ill; ``limits`` is what its provider said of its rate limits (``requests_remaining`` and such).
+    opens again. ``first_token_p50/p95`` and ``tokens_per_second`` are what it normally does, ``usual_rate`` is its
+    calls a second before it fell ill; ``limits`` is what its provider said of its rate limits (``requests_remaining``
+    and such).
     """
 
     deployment: str
@@ -255,6 +256,18 @@ def keys_of(caps: Iterable[Cap]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(cap.key for cap in caps))
 
 
+def spending_of(
+    keys: Iterable[str], sums: Mapping[str, tuple[int, int]], expired: Iterable[tuple[Iterable[str], int]]
+) -> dict[str, Spending]:
+    """Return what is spent and put aside under each of ``keys``; ``expired`` holds (keys, amount) count as spent."""
+    found = {key: sums.get(key, (0, 0)) for key in keys}
+    for held, amount in expired:
+        for key in found.keys() & set(held):
+            spent, reserved = found[key]
+            found[key] = (spent + amount, reserved - amount)
+    return {key: Spending(spent / NANO, reserved / NANO) for key, (spent, reserved) in found.items()}
+
+
 # --- in memory ------------------------------------------------------------------------------------------------------
 
 
@@ -295,10 +308,9 @@ class MemoryLedger:
             self._add(hold.keys, spent_nano(usd, hold), -asked_nano(hold.usd))
 
     async def spending(self, keys: Sequence[str], *, now: float) -> dict[str, Spending]:
-        """See ``Ledger.spending``."""
-        self._expire(now)
-        sums = {key: self._sums.get(key, (0, 0)) for key in keys}
-        return {key: Spending(spent / NANO, reserved / NANO) for key, (spent, reserved) in sums.items()}
+        """See ``Ledger.spending``; to look at it books nothing."""
+        expired = [(hold.keys, asked_nano(hold.usd)) for hold in self._expired(now)]
+        return spending_of(keys, self._sums, expired)
 
     async def answer(self, key: str) -> KeptAnswer | None:
         """See ``Ledger.answer``."""
@@ -334,11 +346,14 @@ class MemoryLedger:
             self._sums[key] = (before[0] + spent, before[1] + reserved)
 
     def _expire(self, now: float) -> None:
-        for hold in [hold for hold, expires_at in self._holds.values() if expires_at <= now]:
+        for hold in self._expired(now):
             del self._holds[hold.id]
             self._add(hold.keys, asked_nano(hold.usd), -asked_nano(hold.usd))
         if len(self._ends) > self.KEPT:
             self._forget([key for key, end in self._ends.items() if end <= now])
+
+    def _expired(self, now: float) -> list[Hold]:
+        return [hold for hold, expires_at in self._holds.values() if expires_at <= now]
 
     def _forget(self, keys: Iterable[str]) -> None:
         for key in keys:
