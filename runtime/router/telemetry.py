@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
@@ -95,7 +96,9 @@ class Telemetry:
     ) -> None:
         """Without providers the process's own count, whenever they are set up."""
         self._given = (tracer_provider, meter_provider)
-        self._summoned = any(name in os.environ for name in _ENVIRONMENT)
+        if any(name in os.environ for name in _ENVIRONMENT):  # an SDK sets itself up as soon as somebody asks for it
+            import_module("opentelemetry.trace")
+            import_module("opentelemetry.metrics")
         self._reporter: _Reporter | None = None
         self._servers: dict[str, _Server] = {}
 
@@ -115,11 +118,15 @@ class Telemetry:
         reporter = self._report()
         return SILENT if reporter is None else _Recorded(reporter, route, model, context, stream)
 
-    def attempt(self, record: AttemptRecord, parent: CallSpan = SILENT) -> None:
-        """Report an attempt that has ended; ``parent`` is its call's, and must hear of it before the answer."""
-        if (reporter := self._report()) is not None:
-            recorded = parent if isinstance(parent, _Recorded) else None
-            reporter.attempt(record, recorded)
+    def attempt(self, record: AttemptRecord, parent: CallSpan | None = None) -> None:
+        """Report an attempt that has ended, to its call first, which must hear of it before the answer.
+
+        Without a ``parent`` it belongs to no call (a ping).
+        """
+        if isinstance(parent, _Recorded):
+            parent.tried(record)
+        elif parent is None and (reporter := self._report()) is not None:
+            reporter.attempt(record, None)
 
     def transition(self, deployment: str, old: str, new: str, reason: str, span: CallSpan = SILENT) -> None:
         """Report that a deployment's breaker went from ``old`` to ``new``.
@@ -131,25 +138,26 @@ class Telemetry:
             reporter.transition(deployment, old, new, reason, span.span if isinstance(span, _Recorded) else None)
 
     def _report(self) -> _Reporter | None:
-        """Return where to report to. Nothing of OpenTelemetry is imported before somebody else has done so."""
+        """Return where to report to, if somebody wants to know."""
         tracers, meters = self._given
         if tracers is None and meters is None:
-            if "opentelemetry.trace" not in sys.modules and not self._summoned:
-                return None
-            from opentelemetry.metrics import get_meter_provider
-            from opentelemetry.trace import get_tracer_provider
-
-            tracers, meters = get_tracer_provider(), get_meter_provider()
+            tracers, meters = self._set_up()
             if _is_idle(tracers) and _is_idle(meters):
                 return None
         if self._reporter is None or not self._reporter.serves(tracers, meters):
             self._reporter = _Reporter(tracers, meters, self._servers)
         return self._reporter
 
+    def _set_up(self) -> tuple[TracerProvider | None, MeterProvider | None]:
+        """Return the process's providers. Nothing of OpenTelemetry is imported before somebody else has done so."""
+        loaded: Mapping[str, Any] = sys.modules
+        trace, metrics = loaded.get("opentelemetry.trace"), loaded.get("opentelemetry.metrics")
+        return trace and trace.get_tracer_provider(), metrics and metrics.get_meter_provider()
+
 
 def _is_idle(provider: object) -> bool:
-    """Whether it is one of the API's own, which do nothing."""
-    return type(provider).__module__.startswith(("opentelemetry.trace", "opentelemetry.metrics"))
+    """Whether there is none, or one of the API's own, which do nothing."""
+    return provider is None or type(provider).__module__.startswith(("opentelemetry.trace", "opentelemetry.metrics"))
 
 
 # --- who is asked ---------------------------------------------------------------------------------------------------
@@ -162,19 +170,18 @@ class _Server:
     port: int | None
 
     def attributes(self) -> Attributes:
-        place = {"server.address": self.address, "server.port": self.port} if self.address else {}
-        return {"gen_ai.provider.name": self.vendor, **place}
+        place = {"server.address": self.address or None, "server.port": self.port if self.address else None}
+        return _known({"gen_ai.provider.name": self.vendor, **place})
 
 
 def _server(wire: WireName, base_url: str) -> _Server:
-    parts = urlsplit(base_url)
-    host = (parts.hostname or "").lower()
-    vendor = next((name for domain, name in _VENDORS.items() if f".{host}".endswith(f".{domain}")), _FORMATS[wire])
     try:
-        port = parts.port
+        parts = urlsplit(base_url)
+        host, port = parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme)
     except ValueError:
-        port = None
-    return _Server(vendor, host, port or {"https": 443, "http": 80}.get(parts.scheme))
+        return _Server(_FORMATS[wire], "", None)
+    vendor = next((name for domain, name in _VENDORS.items() if f".{host}".endswith(f".{domain}")), _FORMATS[wire])
+    return _Server(vendor, host, port)
 
 
 # --- what is recorded -----------------------------------------------------------------------------------------------
@@ -206,8 +213,6 @@ class _Reporter:
 
     def attempt(self, record: AttemptRecord, call: _Recorded | None) -> None:
         who = self.who(record)
-        if call is not None:
-            call.tried(record)
         self._span(record, who, call)
         labels = {**_chosen(record), "gen_ai.provider.name": who["gen_ai.provider.name"]}
         flags = {"ridethrough.hedged": record.hedged, "ridethrough.wasted": record.wasted}
@@ -295,6 +300,7 @@ class _Recorded(CallSpan):
         self._last = record
         if record.verdict == "ok" and not record.wasted:
             self._winner = record
+        self._reporter.attempt(record, self)
 
     def answered(self, response: ModelResponse) -> None:
         self._response = response
