@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy.exc import DBAPIError
 
 from ridethrough.runtime.config import Config, Provider, load_config, resolve_secret
-from ridethrough.runtime.errors import ConfigError, Error
+from ridethrough.runtime.errors import (
+    Auth,
+    ConfigError,
+    Error,
+    InvalidRequest,
+    ModelError,
+    QuotaExhausted,
+    RateLimited,
+)
 from ridethrough.runtime.housekeeping import inspect_store
 from ridethrough.runtime.printing import plain
 from ridethrough.runtime.store import Store
@@ -143,14 +152,14 @@ def _provider(config: Config, name: str, provider: Provider, offline: bool) -> I
         yield _script(config, what, provider)
         return
     try:
-        headers = _headers(config, provider)
+        question = _question(config, name, provider)
     except ConfigError as error:
         yield Finding(what, "wrong", error.message)
         return
     if offline:
         yield Finding(what, "ok", "its secrets are there; not asked (--offline)")
         return
-    yield _ask(what, provider, headers)
+    yield _ask(what, question)
 
 
 def _script(config: Config, what: str, provider: Provider) -> Finding:
@@ -166,48 +175,81 @@ def _script(config: Config, what: str, provider: Provider) -> Finding:
     return Finding(what, "ok", f"simulated by {provider.script}")
 
 
-def _headers(config: Config, provider: Provider) -> dict[str, str]:
-    """The headers of a call, with their secrets.
+def _question(config: Config, name: str, provider: Provider) -> _Question:
+    """A cheap question that costs no tokens: which models are there?
 
     Raises:
-        ConfigError: a secret is missing.
+        ConfigError: a secret is missing, or there is no such dialect.
     """
+    from ridethrough.runtime.router.roster import wire_for
+
+    wire = wire_for(name, provider)
     base = config.path.parent if config.path else None
-    headers: dict[str, str] = {}
+    headers = {} if provider.api_key is None else wire.authorize(resolve_secret(provider.api_key, base))
     for header, value in provider.headers.items():
         headers[header] = resolve_secret(value, base) if value.startswith(("env:", "file:")) else value
-    if provider.api_key is not None:
-        headers["authorization"] = f"Bearer {resolve_secret(provider.api_key, base)}"
-    return headers
+    return _Question((provider.base_url or wire.default_base_url).rstrip("/"), wire.models_path, headers)
 
 
-def _ask(what: str, provider: Provider, headers: dict[str, str]) -> Finding:
-    """A cheap question that costs no tokens: which models are there?"""
-    import httpx
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, and where; the headers have their secrets."""
 
-    from ridethrough.runtime.router.router import OPENAI_URL
-    from ridethrough.runtime.router.transport import is_loopback
+    base_url: str = field(repr=False)
+    path: str
+    headers: Mapping[str, str] = field(repr=False)
 
-    url = (provider.base_url or OPENAI_URL).rstrip("/") + "/models"
+    @property
+    def url(self) -> str:
+        """For people: without the name and password that it may hold."""
+        return re.sub(r"//[^/]*@", "//", f"{self.base_url}/{self.path}")
+
+
+def _ask(what: str, question: _Question) -> Finding:
+    """Ask as calls are made: through the same proxy, with the same certificates."""
+    import anyio
+
     try:
-        with httpx.Client(timeout=PROVIDER_SECONDS, trust_env=not is_loopback(url)) as client:
-            status = client.get(url, headers=headers).status_code
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OSError) as error:
+        return _verdict(what, question.url, *anyio.run(_get, what, question))
+    except ModelError as error:
         mend = "check base_url, the network and its proxy; is the server running?"
-        return Finding(what, "wrong", f"{url} cannot be reached: {type(error).__name__}: {error}", mend)
-    return _verdict(what, url, status)
+        return Finding(what, "wrong", f"{question.url} cannot be reached: {error.message}", mend)
 
 
-def _verdict(what: str, url: str, status: int) -> Finding:
-    if status in (401, 403):
-        return Finding(
-            what, "wrong", f"{url} refuses the credential ({status})", "check `api_key` and what it refers to"
-        )
-    if status == 429:
-        return Finding(what, "doubtful", f"{url} limits the rate ({status})", "wait, or check the account's quota")
-    if status >= 500:
-        return Finding(what, "doubtful", f"{url} answers {status}: the provider is unwell", "try again later")
-    if status in (404, 405):
-        mend = "not all servers list their models; if calls fail, check the end of base_url (/v1?)"
-        return Finding(what, "doubtful", f"{url} answers {status}", mend)
-    return Finding(what, "ok", f"{url} answers {status}")
+async def _get(what: str, question: _Question) -> tuple[int, str, Mapping[str, str]]:
+    import anyio
+
+    from ridethrough.runtime.router.transport import Connections, Deadline
+
+    until = Deadline(anyio.current_time() + PROVIDER_SECONDS, "total")
+    async with Connections(question.base_url) as connections:
+        async with connections.get(
+            question.path, question.headers, connect=PROVIDER_SECONDS, deadline=until, deployment=what
+        ) as reply:
+            return reply.status, (await reply.body(until)).decode("utf-8", "replace"), reply.headers
+
+
+def _verdict(what: str, url: str, status: int, body: str, headers: Mapping[str, str]) -> Finding:
+    """What an answer means; its text is not shown, since it may quote the credential."""
+    from ridethrough.runtime.router.errors import classify
+
+    if status < 300:
+        return Finding(what, "ok", f"{url} answers {status}")
+    if status < 400:
+        mend = "name the address that it points to as base_url: calls are not redirected"
+        return Finding(what, "doubtful", f"{url} points elsewhere ({status})", mend)
+    match classify(status, body, headers):
+        case Auth():
+            mend = "check `api_key` and what it refers to"
+            return Finding(what, "wrong", f"{url} refuses the credential ({status})", mend)
+        case QuotaExhausted():
+            mend = "add credit, or raise the account's limit"
+            return Finding(what, "wrong", f"{url} says that the account is out of credit ({status})", mend)
+        case RateLimited():
+            mend = "wait, or check the account's quota"
+            return Finding(what, "doubtful", f"{url} limits the rate ({status})", mend)
+        case InvalidRequest():
+            mend = "not all servers list their models; if calls fail, check base_url: it ends in /v1 for OpenAI's kinds"
+            return Finding(what, "doubtful", f"{url} answers {status}", mend)
+        case _:
+            return Finding(what, "doubtful", f"{url} answers {status}: the provider is unwell", "try again later")
