@@ -54,6 +54,21 @@ def describe(cap: Cap) -> str:
     return f"the budget of {cap.usd:.15g} USD for {cap.name}{anew}"
 
 
+def usd_now(budgets: Iterable[Budget], key: str) -> float | None:
+    """Return what the configuration now allows under a cap's key; ``None`` when no budget is about it any more."""
+    subject, _, window = key.partition("/")
+    per = window.partition(":")[0]
+    kind, _, rest = subject.partition(":")
+    scope = f"label:{rest.partition('=')[0]}" if kind == "label" else kind
+    found = [budget.usd for budget in budgets if _escaped_scope(budget.scope) == scope and budget.per == per]
+    return min(found, default=None)
+
+
+def _escaped_scope(scope: str) -> str:
+    kind, colon, label = scope.partition(":")
+    return f"{kind}:{_escaped(label)}" if colon else kind
+
+
 def _value(scope: str, context: CallContext) -> str | None:
     """What the call has that the scope counts by; ``None`` if it has nothing."""
     if scope == "tenant":

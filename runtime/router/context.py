@@ -26,6 +26,7 @@ class CallContext:
 
     ``deadline`` is in seconds from the start of the call and covers all its attempts. ``floor`` is the least capable
     tier that may answer; the route's own floor holds besides. ``path`` names the step that asks, inside its run.
+    Calls of different ``epoch`` are never answered by each other's cached answers.
     """
 
     tenant: str | None = None
@@ -37,3 +38,4 @@ class CallContext:
     priority: PriorityClass = "normal"
     floor: str | None = None
     deadline: float | None = None
+    epoch: str = ""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from random import Random
 from typing import Any
 
 from ridethrough.runtime.errors import (
@@ -417,8 +418,17 @@ def pause_reason(error: Unavailable) -> str:
     return "brownout" if any(isinstance(each, alive) for each in error.errors) else "outage"
 
 
-def worth_waiting(error: ModelError) -> float:
-    """Return the seconds after which another try is worth it: what the provider asks, else a guess by class."""
+def seconds_before_retry(error: ModelError, tries: int, random: Random) -> float:
+    """Return the seconds after which the same deployment is worth another try by the same call.
+
+    What the provider asks is a floor. Without a word from it, full jitter from a fifth of a second on, doubled with
+    each of the ``tries``, where trying again may help at once, and some seconds where it does not: a deployment that
+    was slow or broke off is not better a moment later.
+    """
     if error.retry_after is not None:
         return error.retry_after
-    return 300.0 if isinstance(error, QuotaExhausted) else 5.0
+    if isinstance(error, QuotaExhausted):
+        return 300.0
+    if isinstance(error, Slow | StreamBroken) or not error.retryable:
+        return 5.0
+    return min(5.0, 0.2 * 2.0 ** (tries - 1)) * (0.5 + random.random())

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, TypeAdapter, model_validator
+
+T = TypeVar("T")
 
 Finish = Literal["stop", "tool_calls", "length", "content_filter", "refusal", "other"]
 Degraded = Literal["cache", "static", "frontier", "standard", "small", "local"]
@@ -23,10 +25,10 @@ class _Canonical(BaseModel):
     __slots__ = ("_rendered",)
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def rendered(self, key: str, render: Callable[[Any], bytes]) -> bytes:
-        """Return ``render(self)``, computed once for each ``key`` (the name of a wire)."""
+    def rendered(self, key: str, render: Callable[[Any], T]) -> T:
+        """Return ``render(self)``, computed once for each ``key`` (the name of a wire, say)."""
         try:
-            cache: dict[str, bytes] = object.__getattribute__(self, "_rendered")
+            cache: dict[str, T] = object.__getattribute__(self, "_rendered")
         except AttributeError:
             cache = {}
             object.__setattr__(self, "_rendered", cache)
@@ -120,8 +122,22 @@ class ToolCall(_Canonical):
     data: dict[str, Any] = Field(default_factory=dict[str, Any], repr=False)
 
 
+IMAGE_TOKENS = 1000
+"""What an image is estimated to take: between the small and the large ones of the providers' own formulas."""
+
+
 class _Message(_Canonical):
     content: Content = ""
+
+    @property
+    def tokens(self) -> int:
+        """An estimate of the tokens it takes as input, made once."""
+        return self.rendered("tokens", _tokens_of)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is an image in it."""
+        return not isinstance(self.content, str) and any(isinstance(part, ImagePart) for part in self.content)
 
     @property
     def text(self) -> str:
@@ -172,6 +188,20 @@ MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 """Parses any message from JSON or a mapping by its ``role``."""
 
 
+def _tokens_of(message: _Message) -> int:
+    """Estimate: four bytes a token, an image as a whole, and a few tokens for what is around them."""
+    size, images = 0, 0
+    if isinstance(message.content, str):
+        size = len(message.content)
+    else:
+        for part in message.content:
+            images += isinstance(part, ImagePart)
+            size += 0 if isinstance(part, ImagePart) else len(part.text)
+    if isinstance(message, AssistantMessage):
+        size += sum(len(call.name) + len(call.raw or str(call.arguments)) for call in message.tool_calls)
+    return 4 + size // 4 + images * IMAGE_TOKENS
+
+
 def _checked(item: object) -> Message:
     return MESSAGE.validate_python(item)
 
@@ -205,6 +235,15 @@ class ToolSpec(_Canonical):
     name: str
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+
+    @property
+    def tokens(self) -> int:
+        """An estimate of the tokens it takes as input, made once."""
+        return self.rendered("tokens", _tool_tokens)
+
+
+def _tool_tokens(tool: ToolSpec) -> int:
+    return 8 + (len(tool.name) + len(tool.description) + len(json.dumps(tool.parameters))) // 4
 
 
 class Usage(BaseModel):
@@ -284,6 +323,7 @@ class ModelResponse(BaseModel):
 
     ``cost_usd`` is ``None`` when no price is known (``notes`` says so). ``attempts`` counts all that were made,
     ``deployment`` names the one that answered, and ``degraded`` is ``None`` unless it answered with less than asked.
+    ``cached`` says that the answer is an earlier one to the same question.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -298,6 +338,7 @@ class ModelResponse(BaseModel):
     notes: tuple[str, ...] = ()
     model: str = ""
     request_id: str | None = None
+    cached: bool = False
 
     @property
     def text(self) -> str:

