@@ -7,106 +7,105 @@ the same conversation gets the same answer in any process; that is what makes cr
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
+from ridethrough.runtime.router.providers.simulated.conversation import Conversation, text_of
+from ridethrough.runtime.router.providers.simulated.draft import WireName
 from ridethrough.runtime.router.providers.simulated.faults import Fault
 from ridethrough.runtime.router.providers.simulated.instance import example_of
+from ridethrough.runtime.router.providers.simulated.wires import WIRES
+
+_UNREAD = Conversation("", [])
 
 
 @dataclass(frozen=True)
 class SimRequest:
-    """A request as the rules see it. ``number`` counts the server's requests from 1; ``seconds`` is its age."""
+    """A request as the rules see it: the same whatever ``wire`` it came over.
+
+    ``number`` counts the server's requests from 1, ``body`` is as it was sent, ``seconds`` is the server's age.
+    ``conversation`` is what ``body`` says (read from Chat Completions, when it is left out).
+    """
 
     number: int
     body: Mapping[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     seconds: float = 0.0
+    wire: WireName = "openai"
+    conversation: Conversation = field(default=_UNREAD, repr=False)
+
+    def __post_init__(self) -> None:
+        """Read the body where nobody has."""
+        if self.conversation is _UNREAD:
+            object.__setattr__(self, "conversation", WIRES["openai"].read(self.body, ""))
 
     @property
     def model(self) -> str:
         """The model that was asked for."""
-        return str(self.body.get("model", ""))
+        return self.conversation.model
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation, as it is on the wire."""
-        return list(self.body.get("messages", []))
+        """The conversation in the form of Chat Completions."""
+        return list(self.conversation.messages)
 
     @property
     def stream(self) -> bool:
         """Whether the answer is streamed."""
-        return bool(self.body.get("stream"))
+        return self.conversation.stream
 
     @property
     def tools(self) -> list[str]:
         """The names of the tools on offer."""
-        return [tool["function"]["name"] for tool in self.body.get("tools") or ()]
+        return list(self.conversation.tool_names)
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
         """The JSON Schema that the answer must match, if one was given."""
-        wanted = self.body.get("response_format") or {}
-        return (wanted.get("json_schema") or {}).get("schema")
+        return self.conversation.schema
 
     @property
     def system(self) -> str:
         """The instructions: all system messages."""
-        return "\n".join(_text(message) for message in self.messages if message.get("role") in ("system", "developer"))
+        return self.conversation.system
 
     @property
     def user(self) -> str:
         """The last user message's text."""
-        return next((_text(m) for m in reversed(self.messages) if m.get("role") == "user"), "")
+        return self.conversation.user
 
     @property
     def last_role(self) -> str:
         """The role of the last message."""
-        return str(self.messages[-1].get("role", "")) if self.messages else ""
+        messages = self.conversation.messages
+        return str(messages[-1].get("role", "")) if messages else ""
 
     @property
     def turns(self) -> int:
         """How many messages of the assistant there are."""
-        return sum(message.get("role") == "assistant" for message in self.messages)
+        return self.conversation.turns
 
     @property
     def results(self) -> list[str]:
         """The tool results since the last message of the assistant, in order."""
-        found: list[str] = []
-        for message in reversed(self.messages):
-            if message.get("role") != "tool":
-                break
-            found.insert(0, _text(message))
-        return found
+        return list(self.conversation.results)
 
     @property
     def result(self) -> str:
         """The last tool result anywhere in the conversation; empty when there is none."""
-        return next((_text(m) for m in reversed(self.messages) if m.get("role") == "tool"), "")
+        return next((text_of(m) for m in reversed(self.conversation.messages) if m.get("role") == "tool"), "")
 
     @property
     def called(self) -> list[str]:
         """The names of the tools that were called so far, in order."""
-        calls = [call for message in self.messages for call in message.get("tool_calls") or ()]
-        return [str(call.get("function", {}).get("name", "")) for call in calls]
+        return list(self.conversation.called)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """A hash of model and conversation: equal conversations have equal digests."""
-        text = json.dumps([self.model, self.messages], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+        """A hash of what was said: equal conversations have equal digests, whatever the wire and the model."""
+        return self.conversation.digest
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,13 @@ class Call:
 class Answer:
     """What a simulated model says.
 
-    ``data`` is an answer's text as JSON. In texts, data and arguments ``{{user}}``, ``{{system}}``, ``{{result}}``,
-    ``{{turn}}``, ``{{model}}`` and ``{{NAME}}`` of a group in the rule's patterns are filled in. ``latency`` (seconds
-    before the first token) and ``per_token`` (seconds between tokens) go before the script's. Tokens are estimated
-    when they are not given.
+    ``data`` is an answer's text as JSON. ``finish`` is a reason as Chat Completions names it (``length``,
+    ``content_filter``); every wire has its own word, and one that it does not know is sent as it is. In texts, data and
+    arguments ``{{user}}``, ``{{system}}``, ``{{result}}``, ``{{turn}}``, ``{{model}}`` and ``{{NAME}}`` of a group in
+    the rule's patterns are filled in. ``latency`` (seconds before the first token) and ``per_token`` (seconds between
+    tokens) go before the script's. Tokens are estimated when they are not given; ``input_tokens`` include those read
+    from the provider's prompt cache (``cached_tokens``) and written to it (``cache_write_tokens``), ``output_tokens``
+    the ``reasoning_tokens``.
     """
 
     text: str = ""
@@ -136,6 +138,9 @@ class Answer:
     reasoning: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int | None = None
     latency: float | None = None
     per_token: float | None = None
 
@@ -206,14 +211,18 @@ class Rule:
 
 @dataclass
 class Script:
-    """Rules, faults, and the timing of a simulated provider. ``latency`` and ``per_token`` are in seconds."""
+    """Rules, faults, and the timing of a simulated provider.
+
+    ``latency`` and ``per_token`` are in seconds. ``seed`` chooses which requests are in a fault's share.
+    """
 
     rules: list[Rule] = field(default_factory=list[Rule])
     faults: list[Fault] = field(default_factory=list[Fault])
     latency: float = 0.0
     per_token: float = 0.0
     models: tuple[str, ...] = ("simulated",)
-    _used: dict[int, int] = field(default_factory=dict[int, int], repr=False)
+    seed: int = 0
+    _used: dict[int, int] = field(default_factory=dict[int, int], init=False, repr=False, compare=False)
 
     def rule(self, says: Says, **conditions: Any) -> Script:
         """Add a rule, see ``Rule`` for the conditions, and return the script."""
@@ -242,10 +251,23 @@ class Script:
 
 
 def default_answer(request: SimRequest) -> Answer:
-    """Answer what no rule is about: an instance of the schema if one is wanted, else a text by the conversation."""
+    """Answer what no rule is about.
+
+    It is an instance of the schema if one is wanted, a call if one is required, else a text by the conversation.
+    """
     if request.schema is not None:
         return Answer(data=example_of(request.schema, seed=request.digest))
+    if (tool := _required(request.conversation)) is not None:
+        return Answer(calls=(Call(tool["name"], example_of(tool.get("parameters") or {}, seed=request.digest)),))
     return Answer(text=f"Simulated answer {request.digest[:8]} to: {request.user[:200]}")
+
+
+def _required(conversation: Conversation) -> Mapping[str, Any] | None:
+    """Return the tool that must be called."""
+    if conversation.choice in ("auto", "none"):
+        return None
+    tools = [tool["function"] for tool in conversation.tools]
+    return next((tool for tool in tools if conversation.choice in ("required", tool.get("name"))), None)
 
 
 def _said(says: Says, request: SimRequest) -> Answer:
