@@ -256,7 +256,7 @@ def explain_command(options: Options, route: str) -> int:
 def _as_found(each: DeploymentView) -> dict[str, Any]:
     """What other processes know of a deployment, which the router of this one has never called."""
     keys = {"state", "since", "until", "quota", "quota_until", "quota_reason", "verdict"}
-    return each.model_dump(mode="json", include=keys)
+    return {**each.model_dump(mode="json", include=keys), "last": each.verdict}
 
 
 def _page(explained: Mapping[str, Any], known: Mapping[str, DeploymentView]) -> Iterator[str]:
@@ -408,7 +408,7 @@ def _ping_table(results: Sequence[Mapping[str, Any]]) -> str:
             result["verdict"] + (f" ({result['phase']})" if result["phase"] else ""),
             "-" if took is None else seconds(took),
             "-" if first is None else seconds(first),
-            "?" if cost is None else dollars(cost),
+            "-" if took is None else "?" if cost is None else dollars(cost),
             shortened(result["detail"] or "", 160),
         )
 

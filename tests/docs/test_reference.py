@@ -41,7 +41,7 @@ def commands(group: click.Group, before: str = "") -> Iterator[tuple[str, click.
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, f"{before}{name} ")
-        else:
+        if not isinstance(command, click.Group) or command.invoke_without_command:
             yield f"{before}{name}", command
 
 
@@ -148,7 +148,17 @@ def test_every_event_is_described_with_its_fields(kind: type[events.EventBase]) 
 
 
 @pytest.mark.parametrize(
-    "view", [views.RunView, views.StepView, views.WaitView, views.Pause, views.ErrorView, views.UsageView]
+    "view",
+    [
+        views.RunView,
+        views.StepView,
+        views.AttemptView,
+        views.WaitView,
+        views.Pause,
+        views.ErrorView,
+        views.UsageView,
+        views.DeploymentView,
+    ],
 )
 def test_every_field_of_a_run_is_described(view: type[BaseModel]) -> None:
     named = set(re.findall(r"`(\w+)`", page("json.md")))
