@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
@@ -740,6 +740,7 @@ class ChatStream:
         self._finish: Any = None
         self._usage: Usage | None = None
         self._model = ""
+        self._notes: tuple[str, ...] = ()
 
     @property
     def progress(self) -> int:
@@ -762,7 +763,8 @@ class ChatStream:
                 self._event(event)
         if self._finish is None and not (self.done and self._usage):
             raise self._broken("ended without a finish_reason, so its answer is not whole")
-        return self._draft.answer(self._finish, self._usage, self._model)
+        answer = self._draft.answer(self._finish, self._usage, self._model)
+        return replace(answer, notes=(*answer.notes, *self._notes))
 
     def _event(self, event: Event) -> str:
         if self.done:
@@ -782,7 +784,10 @@ class ChatStream:
         except (ValueError, RecursionError):
             chunk = None
         if event.name == "error" or _error_in(chunk):
-            raise self._error(_error_in(chunk) or chunk or event.data)
+            error = self._error(_error_in(chunk) or chunk or event.data)
+            if not (self._finish == "length" and isinstance(chunk, Mapping)):
+                raise error
+            self._notes = (f"after the end of its answer {error.message}",)  # the limit that it has reached, once more
         if not isinstance(chunk, Mapping):
             raise self._broken(f"carried a malformed chunk: {event.data[:80]!r}")
         return chunk
