@@ -9,7 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +17,7 @@ from ridethrough.runtime.models_cli import models_group
 from ridethrough.runtime.options import FAILED, OK, Command, Group, Options, parse_json, put, say
 
 if TYPE_CHECKING:
+    from ridethrough.runtime.config import WireName
     from ridethrough.runtime.runtime import Runtime
 
 T = TypeVar("T")
@@ -339,15 +340,33 @@ def doctor_command(options: Options, offline: bool) -> int:
     return OK if healthy else FAILED
 
 
+WIRES = ("openai", "openai-responses", "anthropic", "gemini")
+
+
 @click.command("simulate", cls=Command)
-@click.option("--wire", type=click.Choice(["openai"]), default="openai", show_default=True, help="What it speaks.")
+@click.option(
+    "--wire",
+    type=click.Choice(WIRES),
+    default="openai",
+    show_default=True,
+    help="Whose URL is told; it speaks all.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where it listens.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 (when left out) takes a free one.")
-@click.option("--scenario", metavar="FILE", help="Answers and faults: TOML, JSON, a Python file or MODULE:ATTRIBUTE.")
+@click.option("--scenario", metavar="FILE", help="A shipped one, TOML, JSON, a Python file, MODULE:ATTRIBUTE.")
+@click.option("--name", metavar="NAME", help="The deployment that it is: faults for others are left out.")
+@click.option("--position", type=click.IntRange(1), metavar="N", help="Its place in the scenario's list, from 1.")
 @click.option("--ledger", metavar="FILE", help="Gets a JSON line when a request starts and one when it ends.")
 @click.pass_obj
 def simulate_command(
-    options: Options, wire: str, host: str, port: int, scenario: str | None, ledger: str | None
+    options: Options,
+    wire: WireName,
+    host: str,
+    port: int,
+    scenario: str | None,
+    name: str | None,
+    position: int | None,
+    ledger: str | None,
 ) -> int:
     """Serve a simulated provider until interrupted, for drills and tests."""
     import anyio
@@ -356,21 +375,23 @@ def simulate_command(
 
     def ready(provider: SimulatedProvider) -> None:
         if options.json:
-            put({"base_url": provider.base_url, "wire": wire, "models": list(provider.script.models)})
+            told = {"base_url": provider.base_url, "wire": wire, "models": list(provider.script.models)}
+            put({**told, "name": name, "position": position})
         else:
-            click.echo(_snippet(provider.base_url, provider.script.models[0]))
+            click.echo(_snippet(provider.base_url, wire, provider.script.models[0]))
         sys.stdout.flush()
 
-    serve = partial(run_simulator, host=host, port=port, scenario=scenario, ledger=ledger, on_ready=ready)
+    given: dict[str, Any] = {"host": host, "port": port, "scenario": scenario, "ledger": ledger, "wire": wire}
+    serve = partial(run_simulator, **given, name=name, position=position, on_ready=ready)
     anyio.run(_until_signal, serve)
     return OK
 
 
-def _snippet(base_url: str, model: str) -> str:
+def _snippet(base_url: str, wire: WireName, model: str) -> str:
     return f"""Simulated provider at {base_url} (Ctrl-C ends it). For ridethrough.toml:
 
 [providers.drill]
-kind = "openai"
+kind = "{wire}"
 base_url = "{base_url}"
 
 [models.drill]

@@ -1,7 +1,7 @@
 """The simulated provider: scripted answers and scheduled faults, over real HTTP, in four wires."""
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.conversation import Conversation
-from ridethrough.runtime.router.providers.simulated.draft import WireName
 from ridethrough.runtime.router.providers.simulated.faults import Fault
 from ridethrough.runtime.router.providers.simulated.instance import example_of
 from ridethrough.runtime.router.providers.simulated.scenario import (

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.conversation import Conversation
-
-WireName = Literal["openai", "openai-responses", "anthropic", "gemini"]
 
 CREATED = 1767225600
 """When every answer was made, in seconds since the epoch: the same conversation gets the same bytes."""

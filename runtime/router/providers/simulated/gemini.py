@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.conversation import (
     Conversation,
     Malformed,
@@ -23,7 +24,6 @@ from ridethrough.runtime.router.providers.simulated.draft import (
     Refused,
     Stream,
     What,
-    WireName,
     dump,
     words,
 )

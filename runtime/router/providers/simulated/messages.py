@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.conversation import (
     Conversation,
     Malformed,
@@ -23,7 +24,6 @@ from ridethrough.runtime.router.providers.simulated.draft import (
     Refused,
     Stream,
     What,
-    WireName,
     dump,
     pieces,
     words,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated import openai
 from ridethrough.runtime.router.providers.simulated.conversation import (
     Conversation,
@@ -23,7 +24,6 @@ from ridethrough.runtime.router.providers.simulated.draft import (
     Failure,
     Refused,
     Stream,
-    WireName,
     dump,
     pieces,
     words,

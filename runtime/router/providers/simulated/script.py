@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.conversation import Conversation, text_of
-from ridethrough.runtime.router.providers.simulated.draft import WireName
 from ridethrough.runtime.router.providers.simulated.faults import Fault
 from ridethrough.runtime.router.providers.simulated.instance import example_of
 from ridethrough.runtime.router.providers.simulated.wires import WIRES

@@ -18,10 +18,11 @@ from typing import Any
 import anyio
 from anyio.abc import SocketStream
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.answers import Reply, changes_draft, reply_to
 from ridethrough.runtime.router.providers.simulated.conversation import Conversation, Malformed
 from ridethrough.runtime.router.providers.simulated.door import Door
-from ridethrough.runtime.router.providers.simulated.draft import Failure, Wire, WireName, dump
+from ridethrough.runtime.router.providers.simulated.draft import Failure, Wire, dump
 from ridethrough.runtime.router.providers.simulated.faults import Fault, Schedule
 from ridethrough.runtime.router.providers.simulated.http import JSON, Broken, Gone, Http, Received
 from ridethrough.runtime.router.providers.simulated.ledger import Ledger

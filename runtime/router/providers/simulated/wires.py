@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated.chat import Chat
-from ridethrough.runtime.router.providers.simulated.draft import Wire, WireName
+from ridethrough.runtime.router.providers.simulated.draft import Wire
 from ridethrough.runtime.router.providers.simulated.gemini import TARGET, Gemini
 from ridethrough.runtime.router.providers.simulated.messages import Messages
 from ridethrough.runtime.router.providers.simulated.responses import Responses
