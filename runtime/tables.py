@@ -52,10 +52,13 @@ class RunRow(SQLModel, table=True):
             sqlite_where=text("parent_id IS NOT NULL"),
             postgresql_where=text("parent_id IS NOT NULL"),
         ),
-        # Who is to be woken first when a model is back: found without looking at the others that wait for it.
+        # Who is to be woken first when a model is back: found without looking at the others that wait for it, nor at
+        # those of workflows that the asking process does not know.
         Index(
             "ix_runs_awaits",
             "awaits",
+            "workflow",
+            "version",
             text("priority DESC"),
             "tried",
             "parked_at",

@@ -65,7 +65,7 @@ def test_the_most_urgent_then_the_least_tried_then_the_oldest(store: Store) -> N
     )
     assert wake(store, limit=2) == ["urgent", "old"]
     assert left(store) == 3
-    assert wake(store) == ["young", "tried", "low"]
+    assert wake(store, workflows={"else": "1", "mails": "1"}) == ["young", "tried", "low"]
     assert wake(store) == []
     assert store.read_now(store.awaited) == ["claude"]
 
@@ -78,6 +78,19 @@ def test_who_is_woken_may_be_claimed_and_awaits_nothing_more(store: Store) -> No
     assert (row.status, row.wake_at, row.awaits, row.pause_reason) == ("paused", NOW, None, "outage")
     due = store.read_now(lambda connection: store.due(connection, NOW, KNOWN, 10, None, []))
     assert [each.id for each in due] == ["a"]
+
+
+def test_workflows_and_chosen_roots_share_one_order(store: Store) -> None:
+    park(
+        store,
+        {"id": "a1", "parked_at": 4.0},
+        {"id": "b1", "parked_at": 3.0, "workflow": "else"},
+        {"id": "a2", "parked_at": 2.0, "version": "0"},
+        {"id": "b2", "parked_at": 1.0, "workflow": "else"},
+    )
+    both: dict[str, Any] = {"workflows": {"mails": "1", "else": "1"}, "accepted": ["a2", "b2"]}
+    assert wake(store, limit=3, **both) == ["b2", "a2", "b1"]
+    assert wake(store, limit=3, **both) == ["a1"]
 
 
 def test_only_what_this_process_can_execute(store: Store) -> None:
@@ -129,6 +142,12 @@ def test_the_index_answers_whatever_is_parked(store: Store) -> None:
     left(store)
     wake(store, workflows={"mails": "1", "else": "2"}, limit=1)
     looked_at = [plan for plan in plans if "runs" in plan]
-    assert len(looked_at) == 4
-    assert all("ix_runs_awaits" in plan and plan.startswith("SEARCH") for plan in looked_at), plans
+    assert len(looked_at) == 5
+    assert all("ix_runs_awaits (awaits" in plan and plan.startswith("SEARCH") for plan in looked_at), plans
+    assert sum("(awaits=? AND workflow=? AND version=?)" in plan for plan in looked_at) == 2, plans
     assert not any("TEMP B-TREE" in plan for plan in plans), plans
+    choices: list[dict[str, Any]] = [{"roots": ["a"]}, {"workflows": {}, "accepted": ["a"]}]
+    for chosen in choices:
+        plans.clear()
+        wake(store, **chosen)
+        assert [plan for plan in plans if "runs" in plan] == ["SEARCH runs USING INDEX ix_runs_root (root_id=?)"]
