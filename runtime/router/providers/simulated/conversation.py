@@ -137,6 +137,16 @@ def spoken(text: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
     return message
 
 
+def instructed(text: str) -> dict[str, Any]:
+    """Return a message with instructions in the form of Chat Completions."""
+    return {"role": "system", "content": text}
+
+
+def failed(text: str) -> str:
+    """Return the result of a tool that failed as wires without a mark for it have it."""
+    return text if text.lower().startswith("error") else f"Error: {text}"
+
+
 def mappings(value: Any, where: str) -> list[Mapping[str, Any]]:
     """Return ``value`` as a list of objects.
 

@@ -12,6 +12,8 @@ from ridethrough.runtime.router.providers.simulated.conversation import (
     Conversation,
     Malformed,
     called,
+    failed,
+    instructed,
     joined,
     mappings,
     offered,
@@ -99,9 +101,8 @@ class Gemini:
 
 
 def _system(raw: Any) -> list[dict[str, Any]]:
-    if not isinstance(raw, Mapping):
-        return []
-    return [{"role": "system", "content": _content(mappings(raw.get("parts"), "systemInstruction.parts"))}]
+    parts = mappings(raw.get("parts"), "systemInstruction.parts") if isinstance(raw, Mapping) else []
+    return [instructed(str(part.get("text") or "")) for part in parts]
 
 
 def _messages(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -140,10 +141,11 @@ def _content(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _result(response: Any) -> str:
     """Return a result's text: what is wrapped because the wire takes only objects there is unwrapped."""
-    if isinstance(response, Mapping) and len(response) == 1:
-        value = next(iter(response.values()))
-        return value if isinstance(value, str) else dump(value).decode()
-    return dump(response).decode()
+    if not isinstance(response, Mapping) or len(response) != 1:
+        return dump(response).decode()
+    key, value = next(iter(response.items()))
+    text = value if isinstance(value, str) else dump(value).decode()
+    return failed(text) if key == "error" else text
 
 
 def _tools(raw: Any) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from ridethrough.runtime.router.providers.simulated.conversation import (
     Conversation,
     Malformed,
     called,
+    failed,
+    instructed,
     mappings,
     offered,
     shown,
@@ -49,7 +52,7 @@ class Messages:
         """Read a body of ``/v1/messages``."""
         if not isinstance(body.get("max_tokens"), int):
             raise Malformed("max_tokens: Field required")
-        system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
+        system = [instructed(str(block.get("text") or "")) for block in _as_blocks(body.get("system") or [], "system")]
         turns = [message for turn in mappings(body.get("messages"), "messages") for message in _messages(turn)]
         wanted = (body.get("output_config") or {}).get("format") or body.get("output_format") or {}
         return Conversation(
@@ -99,16 +102,30 @@ def _messages(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     role, content = turn.get("role"), turn.get("content")
     if role not in ("user", "assistant", "system"):
         raise Malformed(f"messages: there is no role {role!r}")
-    blocks = mappings(content, "messages.content") if isinstance(content, list) else [{"type": "text", "text": content}]
+    blocks = _as_blocks(content, "messages.content")
     if role == "assistant":
         calls = [called(each.get("name"), each.get("input"), each.get("id")) for each in _of(blocks, "tool_use")]
         yield spoken(text_of({"content": _of(blocks, "text")}), calls)
         return
     for block in _of(blocks, "tool_result"):
-        content = _content(block["content"]) if isinstance(block.get("content"), list) else block.get("content") or ""
-        yield {"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")), "content": content}
-    if rest := _content(blocks):
+        yield {"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")), "content": _result(block)}
+    yield from (instructed(found[1]) for block in blocks if (found := _late(block)))
+    if rest := _content([block for block in blocks if not _late(block)]):
         yield {"role": role, "content": rest}
+
+
+def _as_blocks(content: Any, where: str) -> list[Mapping[str, Any]]:
+    return mappings([{"type": "text", "text": content}] if isinstance(content, str) else content, where)
+
+
+def _late(block: Mapping[str, Any]) -> re.Match[str] | None:
+    """Match instructions in the middle of a conversation, which only a message of the user can hold here."""
+    return re.fullmatch(r"<system>\n(.*)\n</system>", str(block.get("text") or ""), re.S)
+
+
+def _result(block: Mapping[str, Any]) -> Any:
+    content = _content(_as_blocks(block.get("content") or "", "tool_result.content"))
+    return failed(text_of({"content": content})) if block.get("is_error") else content
 
 
 def _of(blocks: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
