@@ -27,8 +27,12 @@ def upgrade() -> None:
     """Add the columns and make the tables."""
     op.add_column("runs", sa.Column("awaits", sa.Text(), nullable=True))
     op.add_column("runs", sa.Column("tried", sa.Integer(), server_default=sa.text("0"), nullable=False))
-    order = ["awaits", "workflow", "version", sa.text("priority DESC"), "tried", "parked_at"]
-    op.create_index("ix_runs_awaits", "runs", order, **_only("awaits IS NOT NULL"))
+    op.create_index(
+        "ix_runs_awaits",
+        "runs",
+        ["awaits", "workflow", "version", sa.text("priority DESC"), "tried", "parked_at"],
+        **_only("awaits IS NOT NULL"),
+    )
     op.create_table(
         "answers",
         sa.Column("key", sa.String(), nullable=False),
