@@ -12,7 +12,7 @@ import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from random import random
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from ridethrough.agents.agent import Agent, AgentResult, RunContext, input_messa
 from ridethrough.agents.as_tool import AgentTool
 from ridethrough.agents.guardrail import Guardrail
 from ridethrough.runtime.errors import (
+    Auth,
     ConfigError,
     ContentFilter,
     Error,
@@ -35,7 +36,7 @@ from ridethrough.runtime.errors import (
     Unavailable,
     UsageError,
 )
-from ridethrough.runtime.events import HandedOff
+from ridethrough.runtime.events import HandedOff, ModelDelta, ModelReset
 from ridethrough.runtime.execution import Blocked, Branch, Execution, Outcome, stand
 from ridethrough.runtime.payload import Codec, describe_error, digest_of, preview, storable
 from ridethrough.runtime.router.context import CallContext, priority_class
@@ -52,6 +53,7 @@ from ridethrough.runtime.router.messages import (
     Usage,
     UserMessage,
 )
+from ridethrough.runtime.waking import latest
 from ridethrough.tools.call import (
     Limiters,
     Request,
@@ -233,6 +235,7 @@ class Conversation:
         )
         try:
             response = await self._patient_answer(request, path)
+            self.execution.tried = 0
         finally:
             if path in self.execution.waits or self._waited == path:
                 outcome.also = self.execution.closing(path)
@@ -247,18 +250,19 @@ class Conversation:
             try:
                 return await self._within_limit(self._answer(request, path))
             except Unavailable as error:
-                if not await self._may_pause():
+                self.execution.tried += len(error.errors)
+                if error.reason != "budget" and not await self._may_pause():
                     raise
                 await self._wait_for_models(path, error)
-            except ConfigError as error:
+            except (Auth, ConfigError) as error:
                 if not isinstance(self.agent.model, str):
                     raise
                 await self._wait_for_mending(path, error)
 
-    async def _wait_for_mending(self, path: str, error: ConfigError) -> None:
-        """The configuration is wrong: a key is not set, a route is not there. Pause until a person has mended it.
+    async def _wait_for_mending(self, path: str, error: Auth | ConfigError) -> None:
+        """The configuration is wrong: a key is not set or refused, a route is not there. Pause until it is mended.
 
-        That is no answer of the model, so nothing is recorded.
+        That is no answer of the model, so nothing is recorded, and a person has to see to it.
         """
         execution, text = self.execution, preview(str(error), 500)
         if path in execution.waits or self._waited == path:
@@ -282,16 +286,19 @@ class Conversation:
             return ModelResponse(message=AssistantMessage(content=said)) if isinstance(said, str) else said
         router = await self.execution.services.router()
         context = self._call_context(path)
-        if not self.execution.watchers:
-            return await router.complete(request, route=model, context=context)  # type: ignore[no-any-return]
-        async with aclosing(router.stream(request, route=model, context=context)) as events:
-            async for event in events:
-                if event.type == "model_finished":
-                    return event.response  # type: ignore[no-any-return]
-                update = {"run_id": self.execution.run_id, "path": path, "seq": self.execution.seq}
-                named = {"agent": self.agent.name} if event.type == "model_delta" else {}
-                self.execution.publish(event.model_copy(update={**update, **named}))
-        raise AssertionError("a stream of the router ends with its response")
+        listener = self._listener(path) if self.execution.watchers else None
+        return await router.complete(request, route=model, context=context, listener=listener)  # type: ignore[no-any-return]
+
+    def _listener(self, path: str) -> Callable[[ModelDelta | ModelReset], None]:
+        """What tells those who watch the run of text as it comes, and of what turns void."""
+        execution, agent = self.execution, self.agent.name
+
+        def tell(event: ModelDelta | ModelReset) -> None:
+            update = {"run_id": execution.run_id, "path": path, "seq": execution.seq}
+            named = {"agent": agent} if isinstance(event, ModelDelta) else {}
+            execution.publish(event.model_copy(update={**update, **named}))
+
+        return tell
 
     def _call_context(self, path: str) -> CallContext:
         info = self.execution.info
@@ -318,19 +325,30 @@ class Conversation:
         await self.execution.do(lambda connection: store.update_wait(connection, run_id, path, **changes))
 
     async def _wait_for_models(self, path: str, error: Unavailable) -> None:
-        """No model answers: block this branch until another try is worth it. The run may be parked meanwhile."""
-        from ridethrough.runtime.router.errors import pause_reason
+        """No model answers: block this branch until another try is worth it. The run may be parked meanwhile.
 
-        execution, reason = self.execution, pause_reason(error)
+        Where the router names a condition, that wakes the branch (see ``waking.py``), and a time only at the very
+        latest. Where it does not, it was this call's bad luck, and a moment's wait is all that is needed.
+        """
+        execution, reason = self.execution, error.reason
         now, known = execution.services.clock.now(), execution.waits.get(path)
         since = known.since if known is not None else self._waiting_since.setdefault(path, now)
-        rest = max(error.retry_after or 0.0, min(LONGEST_PAUSE, max(1.0, (now - since) / 2)))
-        if known is None and self._waited != path:
-            await execution.open_wait(path, "model", reason, now + rest, question=preview(error.message, 500))
+        expected: float | None = None if error.retry_after is None else now + error.retry_after
+        if error.awaits:
+            due = latest(now)
         else:
-            await self._note_wait(path, reason, now + rest, preview(error.message, 500))
+            rest = max(error.retry_after or 0.0, min(LONGEST_PAUSE, max(1.0, (now - since) / 2)))
+            due = expected = now + rest * (1.0 + 0.25 * random())
+        told = preview(error.message, 500)
+        if known is None and self._waited != path:
+            await execution.open_wait(path, "model", reason, expected, question=told)
+        else:
+            await self._note_wait(path, reason, expected, told)
         self._waited = path
-        await execution.block(Blocked(path, "model", reason, now + rest))
+        if error.awaits:
+            execution.services.stir()
+        wait = Blocked(path, "model", reason, due, awaits=error.awaits, expected_at=expected)
+        await execution.block(wait)
 
     # --- limits -----------------------------------------------------------------------------------------------------
 

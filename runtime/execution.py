@@ -86,6 +86,10 @@ class Services(Protocol):
         """Let the worker look at the database now."""
         ...
 
+    def stir(self) -> None:
+        """Let the worker look at what waits for models now."""
+        ...
+
     async def router(self) -> Any:
         """The model router, opened at its first use."""
         ...
@@ -182,6 +186,10 @@ class Blocked:
     name: str
     due: float | None = None
     event: anyio.Event = field(default_factory=anyio.Event)
+    awaits: str = ""
+    """The condition that wakes it, where no time does: see ``waking.py``."""
+    expected_at: float | None = None
+    """When that may be, for people."""
 
 
 @dataclass(slots=True)
@@ -214,6 +222,8 @@ class RunInfo:
     root_id: str
     recoveries: int
     cwd: str | None
+    tried: int = 0
+    """Model calls that had failed since the last answer when the run was parked."""
 
 
 class Execution:
@@ -254,6 +264,7 @@ class Execution:
         self.timings: dict[str, tuple[float, float]] | None = None
         """Start and end of each step by path, where somebody counts working time."""
         self.parked_for: tuple[str, datetime | None] = ("", None)
+        self.tried = info.tried
         self._parking: anyio.Event | None = None
         self._ended = anyio.Event()
         self._turns: dict[str, anyio.Lock] = {}
@@ -584,6 +595,8 @@ class Execution:
         if self.holding is None and row.wanted is None and self._something_came(connection):
             return None
         status, reason, due = self._reason(paused=self.holding == "pause" or row.wanted == "pause")
+        awaits, expected = self._awaits() if reason != "operator" else (None, None)
+        expected = due if expected is None else expected
         store.update_run(
             connection,
             self.run_id,
@@ -591,12 +604,14 @@ class Execution:
             worker_id=None,
             wanted=None,
             wake_at=due,
+            awaits=awaits,
+            tried=self.tried,
             pause_reason=reason,
-            pause_until=due,
+            pause_until=expected,
             parked_at=now,
         )
         self.seq += 1
-        until = None if due is None else _utc(due)
+        until = None if expected is None else _utc(expected)
         self.parked_for = (reason, until)
         self.keep_event(connection, RunPaused(run_id=self.run_id, seq=self.seq, at=now, reason=reason, until=until))
         return "park"
@@ -618,6 +633,11 @@ class Execution:
             return "paused", kinds[0].name, self._next_due()
         first = min(self.blocked.values(), key=lambda wait: (_URGENCY.get(wait.kind, 9), wait.path))
         return "waiting", first.kind, self._next_due()
+
+    def _awaits(self) -> tuple[str | None, float | None]:
+        """The condition that wakes the run (of several the first: time does the rest), and when that may be."""
+        waits = [wait for wait in self.blocked.values() if wait.awaits]
+        return (waits[0].awaits, waits[0].expected_at) if waits else (None, None)
 
     def keep_event(self, connection: Connection, event: EventBase) -> None:
         """Put an event of this run on record, at the position that it has."""

@@ -306,7 +306,7 @@ class Follow:
                 if watch.changed() or now >= due or now - looked > 5:
                     looked, due = now, now + 5
                     for run_id, outlook in (await self._outlooks(runtime, open_runs)).items():
-                        due = min(due, outlook.until.timestamp() if outlook.until else due)
+                        due = min(due, max(now + 1.0, outlook.until.timestamp()) if outlook.until else due)
                         self._judge(run_id, outlook)
                     await self._follow_children(tasks, runtime, open_runs)
                 await anyio.sleep(LOOK_SECONDS)

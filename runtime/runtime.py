@@ -236,16 +236,19 @@ class Runtime(Launcher):
         return self._router
 
     async def _own_router(self, opened: anyio.Event) -> None:
+        from ridethrough.runtime.ledger import DatabaseLedger
         from ridethrough.runtime.router.router import Router
 
+        ledger = DatabaseLedger(self.worker.journal, self.store, worker_id=self.worker.worker_id)
         try:
-            async with Router.open(self.config) as router:
+            async with Router.open(self.config, ledger=ledger) as router:
                 self._router = router
                 opened.set()
                 await self._router_closing.wait()
         except Exception as error:
             self._router_error, self._router_opening = error, None
         finally:
+            ledger.close()
             self._router = None
             opened.set()
             self._router_closed.set()

@@ -20,6 +20,9 @@ from ridethrough.runtime.tables import FINAL
 PARKED = ("paused", "waiting")
 """The statuses of a run that is in nobody's memory and waits for something."""
 
+BY_HAND = ("operator", "quota", "budget")
+"""Why runs are paused that a person has to do something about."""
+
 
 class Fields:
     """Attribute access to a mapping, where a row of the database is expected; what is missing is ``None``."""
@@ -344,8 +347,10 @@ def outlook(store: Store, connection: Connection, run_id: str, now: float) -> Ou
         return Outlook(state="works")
     own = _waits_by_run(store.waits(connection, [run_id])).get(run_id, [])
     found = [Blocker(run_id=run_id, wait=wait) for wait in own if wait.kind != "child"]
-    if row.pause_reason in ("operator", "quota"):  # a used-up quota is looked at now and then, but a person has to act
-        return Outlook(state="stuck", reason=row.pause_reason, blockers=found)
+    if row.pause_reason in BY_HAND:  # money comes back by itself at times, but who waits should not count on it
+        return Outlook(state="stuck", reason=row.pause_reason, until=_time(row.pause_until), blockers=found)
+    if row.awaits is not None:
+        return Outlook(state="timed", reason=row.pause_reason, until=_time(row.pause_until), blockers=found)
     children = [outlook(store, connection, wait.name, now) for wait in own if wait.kind == "child"]
     if any(child.state in ("works", "ended") for child in children):
         return Outlook(state="works")

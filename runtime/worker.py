@@ -31,6 +31,7 @@ from ridethrough.runtime.source import find_workflow
 from ridethrough.runtime.store import Store, StoredRow
 from ridethrough.runtime.tables import FINAL
 from ridethrough.runtime.testpoints import killpoint
+from ridethrough.runtime.waking import Waker
 from ridethrough.runtime.workflow import REGISTRY, Workflow
 
 log = logging.getLogger("ridethrough")
@@ -108,6 +109,7 @@ class Worker:
         self._claims = self._looking = False
         self._gone: anyio.Event | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
+        self._waker = Waker(store, self.journal, clock, open_router, self.resident, self._executable, self.poke)
 
     # --- services of executions -------------------------------------------------------------------------------------
 
@@ -124,6 +126,10 @@ class Worker:
         """Look at the database now."""
         self._poke.set()
 
+    def stir(self) -> None:
+        """Something waits for models now."""
+        self._waker.stir()
+
     # --- life -------------------------------------------------------------------------------------------------------
 
     async def start(self, tasks: anyio.abc.TaskGroup, *, serve: bool) -> None:
@@ -135,6 +141,7 @@ class Worker:
             await self.journal.do(lambda connection: self.store.insert_worker(connection, self.row))
             self._registered = True
             self._start_looking()
+            self.spawn(self._waker.watch)
 
     def _start_looking(self) -> None:
         """Begin to look at the database; a runtime that executes nothing does so only once somebody waits for a run."""
@@ -274,6 +281,10 @@ class Worker:
 
     # --- claiming ---------------------------------------------------------------------------------------------------
 
+    def _executable(self) -> tuple[dict[str, str], list[str] | None, list[str]]:
+        """What this worker may execute, as ``Store.wake_awaiting`` takes it."""
+        return self._known(), self._roots(), list(self._claimer.accepted)
+
     def _known(self) -> dict[str, str]:
         known = {**REGISTRY, **self.local}
         return {name: workflow.version for name, workflow in known.items()}
@@ -366,6 +377,7 @@ class Worker:
             root_id=row.root_id,
             recoveries=recoveries,
             cwd=row.cwd,
+            tried=row.tried or 0,
         )
         execution = Execution(self, info, seq=seq, steps=steps, waits=waits, intents=intents)
         execution.watchers = self.watchers.setdefault(row.id, []) if row.id in self.watchers else []

@@ -29,6 +29,9 @@ from ridethrough.runtime.router.limits import Window
 CLASS_SECONDS = 30.0
 """What a priority class is worth in waiting time."""
 
+TRY_SECONDS = 10.0
+"""What a failed attempt costs in the order: who has tried already lets others find out whether it goes again."""
+
 ShutReason = Literal["", "rate", "quota", "auth"]
 SHUT_REASONS: tuple[ShutReason, ...] = ("rate", "quota", "auth")
 
@@ -191,6 +194,7 @@ class Waiter:
 
     priority: PriorityClass
     since: float
+    tries: int = 0
     event: anyio.Event = field(default_factory=anyio.Event)
     granted: object | None = None
     shed: bool = False
@@ -200,7 +204,7 @@ class Waiter:
         """Its place in the order never changes."""
         rank = PRIORITIES.index(self.priority)
         self.rank = rank
-        self.key = (self.since + CLASS_SECONDS * rank, next(_numbers))
+        self.key = (self.since + CLASS_SECONDS * rank + TRY_SECONDS * self.tries, next(_numbers))
 
 
 class Queue:

@@ -337,7 +337,7 @@ class Router:
                 self._leave(call, waiter)
 
     def _queue_up(self, call: Call, now: float) -> Waiter:
-        waiter = Waiter(call.context.priority, now)
+        waiter = Waiter(call.context.priority, now, tries=len(call.errors))
         queue = self._queues.setdefault(call.group, Queue(call.route.queue))
         self._waiting[waiter] = call
         queue.join(waiter)
