@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
@@ -323,10 +324,8 @@ class _Writer:
 
     def _id(self, id: str) -> str:
         """Return an id that the server takes: the same for a call and its result, in every turn and process."""
-        if self._quirks.call_id is None or self._quirks.call_id.fullmatch(id):
-            return id
-        number = int.from_bytes(hashlib.sha256(id.encode("utf-8", "replace")).digest()[:8])
-        return "".join(_ALPHABET[number // 62**place % 62] for place in range(9))
+        bounds = self._quirks.call_id
+        return id if bounds is None or bounds.fullmatch(id) else _short_id(id)
 
     # What was left out.
 
@@ -413,6 +412,12 @@ _REPORTS = ("annotations", "executed_tools", "citations", "search_results")
 """The fields in which servers tell what they did themselves. They are for people; few take them back."""
 _CALL_FIELDS = ("extra_content",)
 """What comes with a call and must return with it: thought signatures, where Gemini speaks this wire."""
+
+
+@lru_cache(maxsize=4096)
+def _short_id(id: str) -> str:
+    number = int.from_bytes(hashlib.sha256(id.encode("utf-8", "replace")).digest()[:8])
+    return "".join(_ALPHABET[number // 62**place % 62] for place in range(9))
 
 
 def _images_in(content: Content) -> list[ImagePart]:
