@@ -434,6 +434,10 @@ def _check_provider(source: _Source, name: str, provider: Provider) -> None:
     for key in wrong:
         if getattr(provider, key) is not None:
             raise source.error((*here, key), f"the key has no effect with kind '{provider.kind}': remove it")
+    if provider.dialect is not None:
+        from ridethrough.runtime.router.providers.dialects import DIALECTS
+
+        _known(source, (*here, "dialect"), "dialect", provider.dialect, DIALECTS)
 
 
 def _check_headers(source: _Source, name: str, provider: Provider) -> None:

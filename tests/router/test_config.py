@@ -79,26 +79,58 @@ def test_wrong_is_refused_with_its_line(text: str, said: str) -> None:
 
 
 ROUTE = '[providers.a]\nkind = "openai"\n[routes.r]\nmodels = ["a/x"]\n'
+TIERED = (
+    '[providers.a]\nkind = "openai"\n[models.big]\nprovider = "a"\nmodel = "x"\ntier = "frontier"\n'
+    '[models.little]\nprovider = "a"\nmodel = "y"\ntier = "small"\n[routes.r]\n'
+)
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (ROUTE + "hedge = true", 5),
-        (ROUTE + 'cache = "exact"', 5),
-        (ROUTE + 'strategy = "fastest"', 5),
-        (ROUTE + 'floor = "standard"', 5),
-        (ROUTE + 'otherwise = ["cache", "pause"]', 5),
-        (ROUTE + '[models.m]\nprovider = "a"\nmodel = "x"\nlimits = { rpm = 5 }', 8),
-        ('[[budgets]]\nscope = "total"\nusd = 1.0\nper = "day"', 1),
         ('[sandboxes.python]\nimage = "x"', 1),
-        ('[providers.c]\nkind = "anthropic"', 2),
         ('embeddings = "smart"', 1),
+        ("reaper_seconds = 3", 1),
     ],
 )
 def test_what_is_not_there_yet_is_not_ignored(text: str, line: int) -> None:
     with pytest.raises(ConfigError, match=rf"f\.toml:{line}: .*this version does not support"):
         parse_config(text, Path("f.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (ROUTE + "hedge = true", "f.toml:5: routes.r.hedge: the key has no effect with one model"),
+        (ROUTE + 'floor = "standard"', "f.toml:5: routes.r.floor: a floor needs to know how capable 'a/x' is"),
+        (ROUTE + 'otherwise = ["static", "pause"]', "'static' needs the answer's text"),
+        (ROUTE + 'static = "sorry"', "f.toml:5: routes.r.static: the key has no effect"),
+        (ROUTE + 'cache_ttl = "1h"', "f.toml:5: routes.r.cache_ttl: the key has no effect"),
+        (ROUTE + 'otherwise = ["pause", "cache"]', "'pause' has to be the last"),
+        (ROUTE + '[models.m]\nprovider = "a"\nmodel = "x"\nweight = 2', "f.toml:8: models.m.weight: the key has no"),
+        (TIERED + 'models = ["little"]\nfloor = "standard"', "no model of the route is that capable"),
+        ('[providers.c]\nkind = "anthropic"\ndialect = "vllm"', "f.toml:3: providers.c.dialect: the key has no effect"),
+        ('[providers.c]\nkind = "openai"\nwire = "gemini"', "f.toml:3: providers.c.wire: the key has no effect"),
+        ('[providers.c]\nkind = "openai"\ndialect = "vlm"', "did you mean 'vllm'?"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, Path("f.toml"))
+    assert said in str(caught.value)
+
+
+def test_everything_of_the_contract_is_taken() -> None:
+    config = parse_config(
+        TIERED
+        + 'models = ["big", "little"]\nstrategy = "weighted"\nfloor = "small"\nhedge = true\ncache = "exact"\n'
+        + 'cache_ttl = "1h"\notherwise = ["cache", "static", "pause"]\nstatic = "later"\nfailover = ["auth"]\n'
+        + '[[budgets]]\nscope = "label:team"\nusd = 1.0\nper = "day"\non_exceeded = "degrade"\n'
+        + '[providers.d]\nkind = "gemini"\n[providers.e]\nkind = "simulated"\nwire = "anthropic"\n'
+    )
+    assert config.routes["r"].cache_ttl == 3600
+    assert config.providers["e"].speaks == "anthropic"
+    assert config.budgets[0].on_exceeded == "degrade"
 
 
 def test_defaults_of_what_is_not_there_yet_are_accepted() -> None:
