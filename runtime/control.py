@@ -300,6 +300,8 @@ class Claim:
     fence: int
     seq: int
     recoveries: int
+    event: EventBase | None = None
+    """What was put on record about it, for those who watch."""
 
 
 class Claimer:
@@ -416,11 +418,18 @@ class Claimer:
             **changes,
         )
         if orphan:
-            event: EventBase = RunStarted(at=now, workflow=row.workflow, recovery=recoveries)
-            return Claim(row, row.fence + 1, add_event(store, connection, row.id, event), recoveries)
+            return self._told(
+                connection, row, RunStarted(at=now, workflow=row.workflow, recovery=recoveries), recoveries
+            )
         if row.status in ("waiting", "paused"):
-            return Claim(row, row.fence + 1, add_event(store, connection, row.id, RunResumed(at=now)), recoveries)
+            return self._told(connection, row, RunResumed(at=now), recoveries)
         return Claim(row, row.fence + 1, store.last_seq(connection, row.id), recoveries)
+
+    def _told(self, connection: Connection, row: StoredRow, event: EventBase, recoveries: int) -> Claim:
+        """Put the event of a claim on record."""
+        seq = add_event(self._store, connection, row.id, event)
+        told = event.model_copy(update={"run_id": row.id, "seq": seq})
+        return Claim(row, row.fence + 1, seq, recoveries, told)
 
     def _strike(self, connection: Connection, row: StoredRow) -> dict[str, Any]:
         """Count a death; progress since the last one starts the count anew."""

@@ -308,7 +308,9 @@ class Worker:
                 self.mine.difference_update(claim.row.id for claim in claims)  # held and not executed: claimed again
                 raise
             for claim, rows in zip(claims, loaded, strict=True):
-                self.launch(claim.row, claim.fence, claim.seq, claim.recoveries, *rows)
+                execution = self.launch(claim.row, claim.fence, claim.seq, claim.recoveries, *rows)
+                if claim.event is not None:
+                    execution.publish(claim.event)
         self.poke()
 
     def _load(self, connection: Connection, claim: Claim) -> tuple[Any, ...]:

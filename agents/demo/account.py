@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ridethrough.agents.demo.acts import Crash, Evidence, Revival
+from ridethrough.agents.demo.acts import Crash, Evidence, Outage, Revival
 from ridethrough.agents.demo.stage import Asked, Stage
+from ridethrough.runtime.events import Event, RunResumed
 from ridethrough.runtime.printing import counted, dollars
 from ridethrough.runtime.views import RunView, StepView
 
@@ -33,6 +34,8 @@ class Facts:
     run: RunView
     asked: list[Asked]
     mails: list[dict[str, Any]]
+    events: list[Event]
+    outage: Outage | None
 
     @property
     def kept(self) -> list[StepView]:
@@ -116,7 +119,15 @@ def account_of(stage: Stage, evidence: Evidence, seconds: float) -> Account:
     ]
     account = Account(stage.run_id, stage.database, str(stage.folder), seconds, commands, trouble=evidence.trouble)
     if evidence.crash is not None and evidence.revival is not None:
-        facts = Facts(evidence.crash, evidence.revival, stage.run(), stage.asked(), stage.mails())
+        facts = Facts(
+            evidence.crash,
+            evidence.revival,
+            stage.run(),
+            stage.asked(),
+            stage.mails(),
+            evidence.events,
+            evidence.outage,
+        )
         account.claims = [claim(facts) for claim in CLAIMS]
         account.saved = _saved(facts)
         account.cost_usd, account.result = facts.run.cost_usd, facts.run.result
@@ -210,13 +221,28 @@ def _processes(mails: Sequence[dict[str, Any]]) -> list[str]:
 def _rode_through(facts: Facts) -> Claim:
     failed = [each for each in facts.asked if each.provider == "north" and each.fault]
     kinds = Counter(each.fault for each in failed)
-    answered = {each.digest for each in facts.finished if each.provider == "south"}
+    answered = {each.digest for each in facts.finished}
     lost = len({each.digest for each in failed} - answered)
     return Claim(
         "provider failed over",
         kinds["status"] > 0 and kinds["cut"] > 0 and lost == 0,
-        f"north failed {len(failed)} times ({kinds['status']} refused, {kinds['cut']} broken off); south answered all",
+        f"north failed {len(failed)} times ({kinds['status']} refused, {kinds['cut']} broken off); each was answered",
         {"refused": kinds["status"], "broken_off": kinds["cut"], "answered_elsewhere": len(answered), "lost": lost},
+    )
+
+
+def _paused(facts: Facts) -> Claim:
+    """Nobody answered for a while: the run lay in the database, and came back without a command."""
+    outage = facts.outage
+    reason = outage.paused.pause.reason if outage is not None and outage.paused.pause is not None else "never"
+    seconds = 0.0 if outage is None else outage.seconds
+    refused = [] if outage is None else [each for each in outage.asked if each.end == "failed"]
+    resumed = sum(isinstance(event, RunResumed) for event in facts.events)
+    return Claim(
+        "outage ridden through",
+        reason in ("outage", "brownout") and resumed > 0 and facts.run.status == "done",
+        f"paused ({reason}) for {seconds:.1f} s with {counted(len(refused), 'call')} refused; it went on by itself",
+        {"reason": reason, "seconds": round(seconds, 3), "refused": len(refused), "resumed": resumed},
     )
 
 
@@ -239,5 +265,6 @@ CLAIMS: tuple[Callable[[Facts], Claim], ...] = (
     _not_repeated,
     _mailed_once,
     _rode_through,
+    _paused,
     _complete,
 )

@@ -1,11 +1,11 @@
 """The acts of the demonstration, one after the other. Each does something to the run and keeps the evidence of it.
 
-Another act (a brownout of both providers with a pause, say) is a function in ``ACTS``, a field of ``Evidence``, and
-its claims in ``account.py``.
+Another act is a function in ``ACTS``, a field of ``Evidence``, and its claims in ``account.py``.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,13 +15,17 @@ import anyio
 from ridethrough.agents.demo.stage import TARGET, Asked, DemoFailed, Life, Stage, input_of
 from ridethrough.agents.demo.tell import Teller
 from ridethrough.runtime.events import Event
+from ridethrough.runtime.router.providers.simulated import Fault
 from ridethrough.runtime.views import RunView
 
 LOOK_SECONDS = 0.02
 """How often the ledgers are looked at."""
 
 PATIENCE = 60.0
-"""Seconds for one act; it takes two or three."""
+"""Seconds for one act; it takes two to ten."""
+
+OUTAGE_SECONDS = 2.0
+"""How long the run lies in the database before its providers are well again."""
 
 ANSWERED, ON_THE_WAY = 6, 2
 """Model calls that are to be answered, and at least to be on the way, when the process dies."""
@@ -46,12 +50,24 @@ class Revival:
     status: int
 
 
+@dataclass(frozen=True)
+class Outage:
+    """What was seen while no provider answered: the run as the database had it, and what was asked meanwhile."""
+
+    paused: RunView
+    seconds: float
+    """How long the run lay in the database, from its pause to its providers' recovery."""
+    asked: list[Asked]
+    """Requests from the beginning of the outage on, those after the recovery not among them."""
+
+
 @dataclass
 class Evidence:
     """What the acts leave behind for the account."""
 
     crash: Crash | None = None
     revival: Revival | None = None
+    outage: Outage | None = None
     events: list[Event] = field(default_factory=list[Event])
     trouble: str | None = None
     """Why the acts did not all come to their end."""
@@ -95,17 +111,51 @@ async def crash(stage: Stage, teller: Teller, evidence: Evidence) -> None:
 
 
 async def revive(stage: Stage, teller: Teller, evidence: Evidence) -> None:
-    """Let a new process take the run up, and bring it to its end."""
+    """Let a new process take the run up; while it works no provider answers for a while. It has to end by itself."""
     async with stage.life("resume", stage.run_id) as life:
         teller.process(life.pid, f"ridethrough resume {stage.run_id} …")
         async with _telling(stage, teller, life, evidence):
-            status = await life.end()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_take_providers_away, stage, teller, evidence)
+                status = await life.end()
+                tasks.cancel_scope.cancel()
     evidence.revival = Revival(life.pid, status)
     if status:
         raise DemoFailed(f"revive: the process ended with status {status}. {life.last_words()}".strip())
 
 
+async def _take_providers_away(stage: Stage, teller: Teller, evidence: Evidence) -> None:
+    """Let both providers refuse everything until the run has been paused for a while, then make them well."""
+    answered = _finished(stage)
+    await _until(lambda: _finished(stage) > answered)
+    known = {(each.provider, each.number) for each in stage.asked()}
+    for provider in stage.providers.values():
+        provider.faults.add(Fault("status", status=503))
+    teller.outage("from here on both providers answer 503")
+    await _until(lambda: stage.run().status == "paused")
+    run, began = stage.run(), time.monotonic()
+    teller.paused(run)
+    await anyio.sleep(OUTAGE_SECONDS)
+    asked = [each for each in stage.asked() if (each.provider, each.number) not in known]
+    evidence.outage = Outage(run, time.monotonic() - began, asked)
+    for provider in stage.providers.values():
+        provider.faults.clear()
+    teller.outage("both providers are well again; nobody types anything")
+
+
 ACTS: tuple[Act, ...] = (crash, revive)
+
+
+def _finished(stage: Stage) -> int:
+    return sum(each.end == "finished" for each in stage.asked())
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    """Look at what lies outside of the processes until something holds."""
+    while True:
+        if holds():
+            return
+        await anyio.sleep(LOOK_SECONDS)
 
 
 # --- watching -------------------------------------------------------------------------------------------------------

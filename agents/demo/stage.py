@@ -54,7 +54,7 @@ price = {{ input = 1.25, output = 10.0 }}
 
 [routes.smart]
 models = ["north", "south"]
-patience = "20s"
+patience = "1s"
 """
 
 LONGEST_LINE = 16 * 1024 * 1024
@@ -128,7 +128,7 @@ class Stage:
     @asynccontextmanager
     async def life(self, command: str, *arguments: str) -> AsyncGenerator[Life]:
         """A process that executes ``ridethrough COMMAND``; it does not outlive the block."""
-        words = [command, *arguments, "--config", str(self.config), "--no-wait", "--json"]
+        words = [command, *arguments, "--config", str(self.config), "--json"]
         log = self.folder / f"{command}.log"
         with log.open("wb") as errors:
             process = await anyio.open_process(

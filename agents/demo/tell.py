@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from ridethrough.runtime.events import Event, StepFinished, ToolCallFinished
+from ridethrough.runtime.events import Event, RunResumed, StepFinished, ToolCallFinished
 from ridethrough.runtime.printing import counted, dollars, plain, seconds, shortened
 
 if TYPE_CHECKING:
@@ -45,6 +45,14 @@ class Teller(Protocol):
         """A process was killed; ``run`` is what it left behind."""
         ...
 
+    def outage(self, what: str) -> None:
+        """Both providers went away, or came back."""
+        ...
+
+    def paused(self, run: RunView) -> None:
+        """The run was paused."""
+        ...
+
     def account(self, account: Account) -> None:
         """What all of it came to."""
         ...
@@ -66,6 +74,12 @@ class Silent:
         """Nothing."""
 
     def killed(self, pid: int, run: RunView, unanswered: int) -> None:
+        """Nothing."""
+
+    def outage(self, what: str) -> None:
+        """Nothing."""
+
+    def paused(self, run: RunView) -> None:
         """Nothing."""
 
     def account(self, account: Account) -> None:
@@ -98,6 +112,8 @@ class Lines:
                 self._line(_who(event.path, event.agent), f"{event.name}: {shortened(event.output, 76)}")
             case StepFinished(kind="model"):
                 self._line(_who(event.path, event.agent), _answered(event), "dim")
+            case RunResumed():
+                self._line("the run", "is taken up by itself, to see whether they are back", "green")
             case _:
                 pass
 
@@ -113,6 +129,15 @@ class Lines:
         steps = counted(len([step for step in run.steps or () if step.status == "done"]), "step")
         lost = counted(unanswered, "answer")
         self._line(f"process {pid}", f"SIGKILL, with {lost} on the way; {steps} on record", "bold red")
+
+    def outage(self, what: str) -> None:
+        """Both providers went away, or came back."""
+        self._line("providers", what, "yellow")
+
+    def paused(self, run: RunView) -> None:
+        """The run was paused."""
+        reason = run.pause.reason if run.pause else "?"
+        self._line("the run", f"is paused ({reason}): out of memory, in the database, nothing lost", "bold yellow")
 
     def account(self, account: Account) -> None:
         """What all of it came to."""

@@ -32,6 +32,7 @@ from ridethrough.runtime.errors import (
     ContextLength,
     InvalidRequest,
     ModelError,
+    Overloaded,
     QuotaExhausted,
     RateLimited,
     Slow,
@@ -55,7 +56,7 @@ from ridethrough.runtime.router.choice import in_order, needs_of, refusal
 from ridethrough.runtime.router.context import CallContext
 from ridethrough.runtime.router.deployment import Deployment
 from ridethrough.runtime.router.errors import FAILS_OVER, TABLE, Rule, pause_reason, seconds_before_retry
-from ridethrough.runtime.router.health import COUNTED, Health, State
+from ridethrough.runtime.router.health import Health, State
 from ridethrough.runtime.router.ledger import AttemptRecord, DeploymentState, KeptAnswer, Ledger, MemoryLedger, Refusal
 from ridethrough.runtime.router.limits import read_limits
 from ridethrough.runtime.router.messages import AssistantMessage, ModelRequest, ModelResponse, Usage
@@ -74,6 +75,9 @@ READ_SECONDS = 2.0
 
 HOLD_GRACE = 60.0
 """Seconds after an attempt's last deadline until money that was put aside for it counts as spent."""
+
+CROWDED: tuple[type[ModelError], ...] = (Overloaded, RateLimited, Slow)
+"""Errors that fewer calls at once may help against."""
 
 SLICE = 1.0
 """How long a call waits at most before it looks again whether waiting is worth it."""
@@ -706,7 +710,7 @@ class Router:
             deployment.rates.answered()
             deployment.credential.answered()
             self._hedging.earn()
-        elif isinstance(failure, (*COUNTED, RateLimited)):
+        elif isinstance(failure, CROWDED):
             deployment.places.overloaded(now, usual)
         deployment.health.end(ticket, now, failure, attempt.rate)
         return "hedged" if given_up else "ok" if failure is None else type(failure).__name__

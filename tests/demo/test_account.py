@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from ridethrough.agents.cli import demo
 from ridethrough.agents.demo import performance
 from ridethrough.agents.demo.account import CLAIMS, Account, Claim, Facts
-from ridethrough.agents.demo.acts import Crash, Revival
+from ridethrough.agents.demo.acts import Crash, Outage, Revival
 from ridethrough.agents.demo.stage import Asked
 from ridethrough.agents.demo.tell import Lines
-from ridethrough.runtime.views import RunView, StepView, UsageView
+from ridethrough.runtime.events import RunPaused, RunResumed
+from ridethrough.runtime.views import Pause, RunView, StepView, UsageView
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -52,6 +53,8 @@ FACTS = Facts(
     ),
     asked=[ASKED[0], replace(ASKED[1], end="broken"), *LATER],
     mails=[{"key": "k", "process": 1}],
+    events=[RunPaused(reason="outage"), RunResumed()],
+    outage=Outage(run("paused", PLAN, MAIL, pause=Pause(reason="outage")), 2.0, [LATER[0]]),
 )
 
 
@@ -80,6 +83,9 @@ def test_sound_evidence_holds() -> None:
         ({"asked": [*FACTS.asked, Asked("north", 4, "lost", "status", "failed")]}, "provider failed over"),
         ({"run": FACTS.run.model_copy(update={"status": "failed"})}, "taken up and finished"),
         ({"run": FACTS.run.model_copy(update={"result": None})}, "result complete"),
+        ({"outage": None}, "outage ridden through"),
+        ({"outage": Outage(run("paused", pause=Pause(reason="operator")), 2.0, [])}, "outage ridden through"),
+        ({"events": [RunPaused(reason="outage")]}, "outage ridden through"),
     ],
 )
 def test_a_claim_that_does_not_hold_is_found_out(changes: dict[str, Any], name: str) -> None:

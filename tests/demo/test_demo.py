@@ -103,7 +103,17 @@ def test_the_first_provider_failed_and_the_second_took_over(played: dict[str, An
     measured = fact(played, "provider failed over")
     assert faults["status"] == measured["refused"] > 0
     assert faults["cut"] == measured["broken_off"] == 1
-    assert all(events[-1]["fault"] is None for events in requests(folder, "south").values())
+
+
+def test_the_run_lay_in_the_database_while_nobody_answered(played: dict[str, Any]) -> None:
+    folder = Path(played["folder"])
+    measured = fact(played, "outage ridden through")
+    refused = [events[-1]["at"] for events in requests(folder, "south").values() if events[-1]["fault"]]
+    assert measured["reason"] in ("outage", "brownout")
+    assert 0 < len(refused) <= measured["refused"]
+    told = command(played["cwd"], "events", played["run_id"], "--db", played["database"], "--json").stdout
+    kinds = [json.loads(line)["type"] for line in told.splitlines()]
+    assert kinds.count("run_paused") == kinds.count("run_resumed") >= 1
 
 
 def test_what_was_saved_is_what_the_kept_calls_cost(played: dict[str, Any]) -> None:
