@@ -1,6 +1,7 @@
 """The listening socket, which is closed while nobody is to listen: a refused connection is a real one.
 
-While it is closed the port is bound but not listened at, so that no other process gets it in the meantime.
+While it is closed the port is bound but not listened at, so that no other process gets it in the meantime. Connections
+are accepted here and not by anyio, since only waiting may be cancelled: an accept that is loses its connection.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from anyio.streams.stapled import MultiListener
 
 from ridethrough.runtime.errors import ConfigError
 from ridethrough.runtime.router.providers.simulated.http import Http
+
+_BREATH = 0.05
 
 
 class Door:
@@ -87,15 +90,15 @@ class Door:
         assert self._changed is not None
         with anyio.move_on_after(seconds):
             async with anyio.create_task_group() as accepting:
-                accepting.start_soon(self._listener.serve, self._serve, group)
+                for listener in self._sockets():
+                    accepting.start_soon(self._accept, listener, group)
                 await self._changed.wait()
                 accepting.cancel_scope.cancel()
 
     async def _stay_closed(self) -> None:
         """Close, and open again as soon as nobody minds; faults that touch each other make one closing."""
         assert self._listener is not None
-        sockets = [listener.extra(SocketAttribute.raw_socket) for listener in self._listener.listeners]
-        addresses = [(each.family, each.getsockname()) for each in sockets]
+        addresses = [(each.family, each.getsockname()) for each in self._sockets()]
         await self._listener.aclose()
         held = [_bound(family, address) for family, address in addresses]
         for http in list(self._held):
@@ -109,6 +112,36 @@ class Door:
         finally:
             for each in held:
                 each.close()
+
+    def _sockets(self) -> list[socket.socket]:
+        assert self._listener is not None
+        return [listener.extra(SocketAttribute.raw_socket) for listener in self._listener.listeners]
+
+    async def _accept(self, listener: socket.socket, group: TaskGroup) -> None:
+        while True:
+            await anyio.wait_readable(listener)
+            try:
+                while True:
+                    group.start_soon(self._connected, listener.accept()[0])
+            except (BlockingIOError, ConnectionError):
+                pass
+            except OSError:  # too many open files: those that wait stay in the backlog
+                await anyio.sleep(_BREATH)
+
+    async def _connected(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if (stream := await _wrapped(connection)) is not None:
+            await self._serve(stream)
+
+
+async def _wrapped(connection: socket.socket) -> SocketStream | None:
+    """Return a stream over ``connection``, ``None`` when the client is gone already."""
+    with anyio.CancelScope(shield=True):
+        try:
+            return await SocketStream.from_socket(connection)
+        except (OSError, ValueError):
+            connection.close()
+    return None
 
 
 def _bound(family: Any, address: Any) -> socket.socket:

@@ -32,7 +32,7 @@ from ridethrough.runtime.router.providers.simulated.sending import Sending, Sent
 from ridethrough.runtime.router.providers.simulated.wires import WIRES, wire_of
 
 _REMEMBERED = 512
-_LARGEST_REMEMBERED = 256 * 1024
+_LARGEST_REMEMBERED = 32 * 1024
 _SHORTEST_WAIT = 0.001
 
 
@@ -130,6 +130,10 @@ class SimulatedProvider:
     def reset_clock(self) -> None:
         """Let the schedule begin now."""
         self._started = self._clock()
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Ask the schedule anew whether somebody is to listen, as after a jump of the clock."""
         self._door.look_again()
 
     async def __aenter__(self) -> SimulatedProvider:
