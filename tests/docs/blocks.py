@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND_SECONDS = 60.0
 """What a command of a page may take on a busy machine."""
 
-PORT = "8701"
-"""The port that pages name; a free one is put in its place."""
+PORTS = ("8701", "8702")
+"""The ports that pages name; free ones are put in their places."""
 
 KILLED = re.compile(r"(?P<command>.+?) & sleep \d+; kill -(?P<signal>9|INT) \$!")
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
@@ -109,7 +109,7 @@ class Page:
     module: types.ModuleType = field(init=False)
     printed: str = ""
     shell: Shell = field(init=False)
-    port: str = field(default_factory=lambda: free_port())
+    ports: dict[str, str] = field(default_factory=lambda: {port: free_port() for port in PORTS})
 
     def __post_init__(self) -> None:
         self.module = types.ModuleType("page")
@@ -121,7 +121,8 @@ class Page:
         Raises:
             Wrong: it does not do what the page says, or nobody knows what to do with it.
         """
-        block = Block(block.line, block.language, block.text.replace(PORT, self.port), block.key, block.value)
+        text = re.sub("|".join(PORTS), lambda named: self.ports[named[0]], block.text)
+        block = Block(block.line, block.language, text, block.key, block.value)
         self._known_comment(block)
         if block.key == "file":
             self._write(block)

@@ -21,7 +21,7 @@ In expected output a line ``...`` stands for any lines, ``...`` in a line for an
 (times, durations, digests: ``blocks.VOLATILE``) need not be the same. A command that ends with another status than 0 is
 followed by ``$ echo $?`` and its status. ``COMMAND &`` goes on until the page ends; the page goes on when the expected
 output has come. ``COMMAND & sleep N; kill -9 $!`` is killed when the expected output has come and not after N seconds,
-because a busy machine does not keep to them. Port 8701 is replaced by a free one.
+because a busy machine does not keep to them. Ports 8701 and 8702 are replaced by free ones.
 
 Other languages, and comments that mean nothing above their block, fail the test.
 """
