@@ -11,6 +11,7 @@ condition, and the caller decides: parking is the engine's business, which the r
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
@@ -36,6 +37,7 @@ from ridethrough.runtime.errors import (
     QuotaExhausted,
     RateLimited,
     Slow,
+    StoreError,
     Transport,
     Unavailable,
     UsageError,
@@ -65,6 +67,8 @@ from ridethrough.runtime.router.race import HedgingBudget, Race, run_attempt
 from ridethrough.runtime.router.roster import Roster
 from ridethrough.runtime.router.stream import ModelFinished, Pipe, StreamEvent
 from ridethrough.runtime.router.telemetry import CallSpan, Telemetry
+
+log = logging.getLogger("ridethrough")
 
 TICK = 0.05
 """Seconds between two looks at calls in flight and at those that wait, while there are any."""
@@ -143,6 +147,7 @@ class Router:
             await self._roster.open(self._stack)
             self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
             self._clock_offset = time.time() - anyio.current_time()
+            await self._learn_from_others()  # before the first call: runs of a dead worker come all at once
             self._tasks.start_soon(self._watch)
         except BaseException:
             await self._close()
@@ -279,7 +284,10 @@ class Router:
     async def _ask_and_keep(self, call: Call, key: str) -> ModelResponse:
         response = await self._ask(call)
         if cache.may_be_kept(response) and not response.cached:
-            await self.ledger.keep_answer(key, KeptAnswer(response.model_dump_json(), time.time()))
+            try:
+                await self.ledger.keep_answer(key, KeptAnswer(response.model_dump_json(), time.time()))
+            except StoreError as error:
+                log.warning("an answer of '%s' could not be kept: %s", call.name, error)
         return response
 
     def _cache_key(self, call: Call) -> str:
@@ -653,15 +661,16 @@ class Router:
         if not self._hedging.take():
             return None
         place = self._take(call, but=first.deployment.name)
-        if place is None:
-            self._hedging.give_back()
-            return None
         try:
-            if not await self._pay(call, place):
-                return None
-        except (BudgetExceeded, Unavailable):
-            return None
-        return self._begin(call, place, hedged=True), place
+            if place is not None and await self._pay(call, place):
+                return self._begin(call, place, hedged=True), place
+        except (BudgetExceeded, ConfigError, Unavailable) as error:  # the first attempt is under way: go on with it
+            log.debug("no second attempt beside %s: %s", first.deployment.name, error)
+            if place is not None and place.hold is not None:
+                self._give_back(place)
+                await self._settle(place, 0.0)
+        self._hedging.give_back()
+        return None
 
     def _tell(self, call: Call) -> Any:
         listener = call.listener
@@ -744,7 +753,10 @@ class Router:
     async def _settle(self, place: Place, usd: float) -> None:
         if place.hold is not None:
             hold, place.hold = place.hold, None
-            await self.ledger.settle(hold, usd, now=time.time())
+            try:
+                await self.ledger.settle(hold, usd, now=time.time())
+            except StoreError as error:  # an answer that is paid for is not lost over it: the hold counts as spent
+                log.warning("what a call to %s cost could not be booked: %s", place.deployment.name, error)
 
     def _record(
         self,
@@ -873,7 +885,6 @@ class Router:
 
     async def _watch(self) -> None:
         """Look at calls in flight and at those that wait, a few times a second while there are any."""
-        await self._learn_from_others()
         while True:
             await self._stir.wait()
             if not self._is_busy():
@@ -881,14 +892,19 @@ class Router:
                 self._stir = anyio.Event()
                 continue
             await anyio.sleep(TICK)
-            now = anyio.current_time()
-            for deployment in self._roster.deployments.values():
-                if deployment.health.flight or deployment.health.state == "ramping":
-                    deployment.health.check(now)
-            self._pump()
-            self._publish(now)
-            if now - self._read_at >= READ_SECONDS:
-                await self._learn_from_others()
+            try:
+                await self._tick(anyio.current_time())
+            except Exception:  # nobody awaits this task: its end would end every call
+                log.exception("the router's watch stumbled; it goes on")
+
+    async def _tick(self, now: float) -> None:
+        for deployment in self._roster.deployments.values():
+            if deployment.health.flight or deployment.health.state == "ramping":
+                deployment.health.check(now)
+        self._pump()
+        self._publish(now)
+        if now - self._read_at >= READ_SECONDS:
+            await self._learn_from_others()
 
     def _is_busy(self) -> bool:
         return bool(self._waiting) or any(each.health.flight for each in self._roster.deployments.values())
@@ -926,6 +942,8 @@ class Router:
             health.usual_rate = state.usual_rate
         if state.state == "open" and state.until is not None:
             health.adopt(state.until - self._clock_offset, now, "another worker found it ill")
+        if state.state in ("open", "half_open", "ramping"):  # perhaps it is well by now: one call tells
+            health.expect_crowd(now, "another worker found it ill a while ago")
         reason = next((each for each in SHUT_REASONS if each == state.quota_reason), None)
         if state.quota_until is not None and reason is not None:
             until = state.quota_until - self._clock_offset
@@ -1048,7 +1066,10 @@ class Router:
             table=self._table,
         )
         failure = await run_attempt(attempt)
-        return describe.ping_record(attempt, failure, self._clock_offset)
+        record = describe.ping_record(attempt, failure, self._clock_offset)
+        self.ledger.note_attempt(record)
+        self._telemetry.attempt(record)
+        return record
 
 
 def _tier(name: str | None) -> Tier | None:
