@@ -71,6 +71,18 @@ NO_LIMIT = 1_000_000
 HURRY = 1.5
 """How much faster than usual a backlog is let in."""
 
+HURRIED_AT_LEAST, DOUBLED_EVERY = 30.0, 10.0
+"""A backlog of usual size is gone after twice the time that it grew for, at least so many seconds. If somebody waits
+still, then more is asked than used to be, and the rate is doubled every so many seconds: it must not become a law."""
+
+RAMP_ENDS, RAMP_SLOWS = 0.3, 0.15
+"""Shares of the newest outcomes on a ramp: two failures end it if they are so many, and each halves it that makes them
+so many. (Not every failure: who fails one call in twenty on his best day would never be back.)"""
+
+NEEDED_SECONDS, LOCKED_OUT_SECONDS = 60.0, 600.0
+"""A deployment may have become slower for good. Measured by its own past it would never be back; so while it is asked
+for by those who have no other, or after so long, each call that was to tell and was too slow doubles the patience."""
+
 
 # --- what is normal -------------------------------------------------------------------------------------------------
 
@@ -149,9 +161,16 @@ class _Ramp:
 
     limit: int = 1
     good: int = 0
-    bad: int = 0
     tokens: float = 1.0
     filled: float = 0.0
+    shut_since: float = 0.0
+    begun: float | None = None
+
+    def rate(self, usual: float, now: float) -> float:
+        """Return how many calls a second are let in."""
+        begun = now if self.begun is None else self.begun
+        late = now - begun - max(HURRIED_AT_LEAST, 2.0 * (begun - self.shut_since))
+        return HURRY * usual * 2.0 ** min(20.0, max(0.0, late / DOUBLED_EVERY))
 
 
 class Health:
@@ -191,6 +210,8 @@ class Health:
         self._pulse = _Pulse()
         self._resort: Ticket | None = None
         self._resort_failures = 0
+        self._needed_at = -math.inf
+        self._patience = 1.0
 
     # --- before a call ----------------------------------------------------------------------------------------------
 
@@ -220,14 +241,17 @@ class Health:
             self._probe = ticket
         elif self.state == "ramping":
             self._ramp.tokens -= 1
+            self._ramp.begun = now if self._ramp.begun is None else self._ramp.begun
         self.flight.add(ticket)
         self._pulse.count(now, len(self.flight))
         return ticket
 
     def begin_last_resort(self, now: float, size: int = 0) -> Ticket | None:
         """Begin a call although the breaker is open, if this one may be the last that still answers; else ``None``."""
-        ill = self.state in ("open", "half_open")
-        if not ill or self._resort is not None or self._resort_failures >= RESORTS or not self.still_answers(now):
+        if self.state not in ("open", "half_open"):
+            return None
+        self._needed_at = now
+        if self._resort is not None or self._resort_failures >= RESORTS or not self.still_answers(now):
             return None
         self._resort = Ticket(now, -1, size, last_resort=True)
         self.flight.add(self._resort)
@@ -240,6 +264,7 @@ class Health:
     def awaited(self, now: float) -> None:
         """Somebody waits for this deployment: the ramp goes on for another second."""
         self._waited_for_until = now + 1.0
+        self._needed_at = now
 
     # --- during and after a call ------------------------------------------------------------------------------------
 
@@ -277,6 +302,8 @@ class Health:
         self.flight.discard(ticket)
         if ticket is self._resort:
             self._resort = None
+        if self.state == "ramping" and ticket.generation == self._generation:
+            self._ramp.tokens += 1
         if ticket is self._probe:
             self._probe = None
             self.open_until = now
@@ -297,13 +324,16 @@ class Health:
         if self.state == "half_open" and ticket is self._probe:
             self._probe = None
             if bad:
+                self._wait_longer(now, failure)
                 self._open_again(now, f"still {self.verdict}")
             else:
                 self._start_ramp(now, "it answers again")
                 self._grow(now)
+        elif ticket.overdue and bad:
+            return  # it has been counted already
         elif self.state == "ramping":
             self._ramp_on(now, bad)
-        elif not ticket.overdue or not bad:  # an overdue one has been counted already
+        else:
             self._count(now, bad)
 
     def _count(self, now: float, bad: bool) -> None:
@@ -314,14 +344,17 @@ class Health:
             self.trip(now, self._why(now))
 
     def _is_bad(self, now: float) -> bool:
-        recent = [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+        recent = self._recent(now)
         count = sum(recent)
         if count >= MIN_BAD and count >= BAD_SHARE * len(recent):
             return True
         return count >= LONELY_BAD and all(recent[-LONELY_BAD:]) and now - self.last_good >= LONELY_SECONDS
 
+    def _recent(self, now: float) -> list[bool]:
+        return [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+
     def _why(self, now: float) -> str:
-        recent = [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+        recent = self._recent(now)
         return f"{sum(recent)} of the last {len(recent)} calls failed or were too slow, the last with {self.verdict}"
 
     def check(self, now: float) -> None:
@@ -329,18 +362,29 @@ class Health:
         late = [ticket for ticket in self.flight if self._is_late(ticket, now)]
         for ticket in late:
             ticket.overdue = True
-            self.verdict = "Slow"
-            if ticket is self._probe:
-                self._probe = None
-                self._open_again(now, "the call that was to tell is too slow")
-            elif self.state == "ramping" and ticket.generation == self._generation:
-                self._ramp_on(now, bad=True)
-            elif self.state in ("closed", "unknown"):
-                self._count(now, bad=True)
+            if ticket.generation == self._generation:
+                self.verdict = "Slow"
+                self._count_late(ticket, now)
         if late and self.state in ("open", "half_open"):
             self._free_stuck()
         if self.state == "ramping":
             self._finish_ramp(now)
+
+    def _count_late(self, ticket: Ticket, now: float) -> None:
+        if ticket is self._probe:
+            self._probe = None
+            self._wait_longer(now, None)
+            self._open_again(now, "the call that was to tell is too slow")
+        elif self.state == "ramping":
+            self._ramp_on(now, bad=True)
+        else:
+            self._count(now, bad=True)
+
+    def _wait_longer(self, now: float, failure: ModelError | None) -> None:
+        """The call that was to tell was slow (no failure: it is so still): perhaps that is what it does now."""
+        slow = failure is None or isinstance(failure, Slow)
+        if slow and (now - self._needed_at <= NEEDED_SECONDS or now - self._tripped_at >= LOCKED_OUT_SECONDS):
+            self._patience = min(1000.0, 2.0 * self._patience)
 
     def _is_late(self, ticket: Ticket, now: float) -> bool:
         if ticket.first_token is not None or ticket.overdue:
@@ -351,13 +395,13 @@ class Health:
         """Return the seconds after which a call without output counts as slow: three times what is normal at most."""
         p95 = self.normal.first_at(size, 0.95)
         ceiling = self.timeouts.first_token
-        return ceiling if p95 is None else min(ceiling, max(1.0, 3.0 * p95))
+        return ceiling if p95 is None else min(ceiling, self._patience * max(1.0, 3.0 * p95))
 
     def first_token_deadline(self, size: int = 0) -> float:
         """Return the seconds after which a call without output is ended even if it is the only slow one."""
         p95 = self.normal.first_at(size, 0.95)
         ceiling = self.timeouts.first_token
-        return ceiling if p95 is None else min(ceiling, max(5.0, 10.0 * p95))
+        return ceiling if p95 is None else min(ceiling, max(5.0, 10.0 * p95, self.slow_after(size)))
 
     def hedge_after(self, size: int = 0) -> float | None:
         """Return the seconds after which a second attempt is worth it; ``None`` while nothing is known."""
@@ -368,12 +412,12 @@ class Health:
         """Return the tokens a second below which a stream counts as slow: a tenth of what is normal."""
         median = self.normal.rate.at(0.5)
         floor = self.timeouts.tokens_per_second
-        learned = None if median is None else median / 10.0
+        learned = None if median is None else median / (10.0 * self._patience)
         return max((rate for rate in (floor, learned) if rate is not None), default=None)
 
     def error_rate(self, now: float) -> float:
         """Return the share of bad outcomes among the newest ones, 0 when there are none."""
-        recent = [bad for at, bad in self._window if now - at <= WINDOW_SECONDS]
+        recent = self._recent(now)
         return sum(recent) / len(recent) if recent else 0.0
 
     def still_answers(self, now: float) -> bool:
@@ -395,12 +439,12 @@ class Health:
         """Believe another worker that this deployment is not well until ``until``."""
         if self.state in ("closed", "unknown") and until > now:
             self.trip(now, why)
-            self.open_until = max(self.open_until, until)
+            self.open_until = max(self.open_until, min(until, now + LONGEST))  # another's clock may be wrong
 
-    def expect_crowd(self, now: float) -> None:
+    def expect_crowd(self, now: float, why: str = "nothing is known of it, and many wait") -> None:
         """Nothing is known yet and many wait: begin as after a recovery, with one."""
         if self.state == "unknown":
-            self._start_ramp(now, "nothing is known of it, and many wait")
+            self._start_ramp(now, why)
 
     def ease(self, now: float, *, gently: bool) -> None:
         """Its account was shut for a while: let callers in little by little (``gently``: one at first) afterwards."""
@@ -425,30 +469,35 @@ class Health:
                 ticket.free()
 
     def _start_ramp(self, now: float, why: str, limit: int = 1) -> None:
+        shut_since = self._tripped_at if self.state == "half_open" else now
+        if self.state in ("closed", "unknown"):  # it was not ill: should it fail on the way, its outage begins here
+            self._delays, self._tripped_at, self._resort_failures = 0, now, 0
         self._generation += 1
-        self._ramp = _Ramp(limit=limit, filled=now)
+        self._ramp = _Ramp(limit=limit, filled=now, shut_since=shut_since)
         self._window.clear()
         self._move("ramping", now, why)
 
     def _ramp_on(self, now: float, bad: bool) -> None:
-        if bad:
-            self._ramp.bad += 1
-            self._ramp.limit = max(1, self._ramp.limit // 2)
-            if self._ramp.bad >= 2:
-                self._open_again(now, f"it failed again on the way back, with {self.verdict}")
+        self._window.append((now, bad))
+        if not bad:
+            self._grow(now)
             return
-        self._grow(now)
+        recent = self._recent(now)
+        if sum(recent) >= max(2, RAMP_ENDS * len(recent)):
+            self._open_again(now, f"it failed again on the way back, with {self.verdict}")
+        elif sum(recent) >= RAMP_SLOWS * len(recent):
+            self._ramp.limit = max(1, self._ramp.limit // 2)
 
     def _grow(self, now: float) -> None:
         self._ramp.good += 1
         if self._ramp.good >= self._ramp.limit:
-            self._ramp.limit, self._ramp.good, self._ramp.bad = min(self._ramp.limit * 2, NO_LIMIT), 0, 0
+            self._ramp.limit, self._ramp.good = min(self._ramp.limit * 2, NO_LIMIT), 0
         self._finish_ramp(now)
 
     def _finish_ramp(self, now: float) -> None:
         enough = self._ramp.limit > max(FIRST_STEPS, self.usual_flight)
         if enough and now >= self._waited_for_until:
-            self._delays = 0
+            self._delays, self._patience = 0, 1.0
             self._move("closed", now, "it is well again")
 
     def _refilled(self, now: float) -> float:
@@ -456,7 +505,7 @@ class Health:
         ramp = self._ramp
         if self.usual_rate is None or self.usual_rate < 1:
             return float(NO_LIMIT)
-        rate = HURRY * self.usual_rate
+        rate = ramp.rate(self.usual_rate, now)
         ramp.tokens = min(max(1.0, rate * 0.2), ramp.tokens + rate * (now - ramp.filled))
         ramp.filled = now
         return ramp.tokens
