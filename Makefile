@@ -39,6 +39,8 @@ format: $(VENV)/dev.stamp ## Format the code
 pins: $(VENV)/dev.stamp ## Compile the pinned, hashed requirements anew
 	cd requirements && for set in core dev; do ../$(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header --output-file $$set.txt $$set.in; done
+	cd benchmarks && ../$(BIN)/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header --output-file requirements-peers.txt requirements-peers.in
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) benchmarks/.venv .ridethrough-demo .mypy_cache .ruff_cache .pytest_cache

@@ -58,6 +58,8 @@ class Case:
     columns: tuple[Column, ...]
     ratio: Column | None = None
     """What the last column compares: this figure of the system over ridethrough's, in the same round."""
+    above: tuple[Column, System] | None = None
+    """What the last but one subtracts: this figure less that of another system, in the same round."""
 
 
 OURS, DBOS, DBOS_WAL = (
@@ -72,6 +74,12 @@ AGENTS = (
     System("openai-agents", "openai_agents.py"),
     System("pydantic-ai", "pydantic_ai_agent.py"),
     System("langgraph", "langgraph_agent.py"),
+)
+TRANSPORT = System("ridethrough, transport alone", "ours_router.py", "transport")
+ROUTERS = (
+    System("ridethrough", "ours_router.py"),
+    System("litellm", "litellm_router.py"),
+    System("pydantic-ai", "pydantic_ai_router.py"),
 )
 IMPORTS = (
     "ridethrough",
@@ -95,6 +103,18 @@ CPU_MS = Column("CPU ms", lambda row: row["cpu_s"] * 1000, ".0f")
 REPEATED = Column("steps run again (worst round)", lambda row: row.get("finished_steps_repeated"), ".0f", max)
 TURN = (given("turn_1_ms", "turn 1, ms"), given("turn_1_cpu_ms", "CPU ms"))
 TURN_100 = (given("turn_100_ms", "turn 100, ms"), given("turn_100_cpu_ms", "CPU ms"), given("growth", "growth"))
+CALL_CPU = tuple(given(f"cpu_ms_{n}", f"CPU ms, {n} at once", ".3f") for n in (1, 25, 100, 200))
+TROUBLE = (
+    given("done", "calls done in it", ".0f"),
+    Column("lost (worst round)", lambda row: row["lost"], ".0f", max),
+    given("p50_s", "p50 s"),
+    given("p99_s", "p99 s"),
+    given("longest_s", "longest s"),
+    given("wasted", "wasted on A", ".0f"),
+    given("attempts_in_trouble", "attempts", ".0f"),
+    given("peak", "peak after, times before", ".1f"),
+    given("returned_s", "s to 80 % of A's share", ".1f"),
+)
 
 CASES = (
     Case(
@@ -143,6 +163,27 @@ CASES = (
         (given("all_continued_s", "s, all continued"), given("all_ended_s", "s, all ended"), CPU_MS, REPEATED),
         given("all_ended_s", ""),
     ),
+    Case(
+        "router_overhead",
+        "One model call through a router, two deployments, the provider in another process",
+        (*ROUTERS, TRANSPORT, System("httpx2 alone", "httpx2_alone.py")),
+        (
+            *CALL_CPU,
+            given("p50_ms_1", "p50 ms, 1 at once"),
+            given("p50_ms_100", "p50 ms, 100 at once", ".0f"),
+            given("p99_ms_100", "p99 ms", ".0f"),
+            given("rate_200", "calls/s, 200 at once", ",.0f"),
+        ),
+        CALL_CPU[2],
+        (CALL_CPU[2], TRANSPORT),
+    ),
+    Case(
+        "router_brownout",
+        "50 agents; for 20 s A answers half its calls with 503 and the rest after 30 s; B is well",
+        ROUTERS,
+        TROUBLE,
+    ),
+    Case("router_outage", "50 agents; for 15 s A and B answer every call with 503", ROUTERS, TROUBLE),
     Case("imports", "A fresh interpreter", tuple(System(n, "imports.py", n) for n in IMPORTS), (CPU_MS,)),
     Case("agent_memory", "One agent turn with one tool call, no store", AGENTS, (*TURN, *TURN_100), TURN[0]),
     Case("agent_sqlite", "One agent turn with one tool call, kept in SQLite", AGENTS, (*TURN, *TURN_100), TURN[0]),
@@ -169,7 +210,9 @@ def measure(system: System, case: Case, directory: Path, quick: bool) -> Row | N
 
 
 def table(case: Case, rounds: list[dict[str, Row]]) -> list[str]:
-    heads = ["system", *(column.title for column in case.columns), *(["times ours"] if case.ratio else [])]
+    heads = ["system", *(column.title for column in case.columns)]
+    heads += [f"{case.above[0].title}, above {case.above[1].name}"] if case.above else []
+    heads += ["times ours"] if case.ratio else []
     lines = [f"### {case.name}", "", f"{case.title}.", "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for system in case.systems:
         rows = [done[system.name] for done in rounds if system.name in done]
@@ -181,6 +224,8 @@ def table(case: Case, rounds: list[dict[str, Row]]) -> list[str]:
         for column in case.columns:
             values = [value for row in rows if (value := column.value(row)) is not None]
             cells.append(format(column.over(values), column.form) if values else "")
+        if case.above:
+            cells.append(above(*case.above, system.name, rounds))
         if case.ratio:
             cells.append(ratio(case.ratio, system.name, rounds))
         lines.append("| " + " | ".join(cells) + " |")
@@ -189,10 +234,21 @@ def table(case: Case, rounds: list[dict[str, Row]]) -> list[str]:
 
 def ratio(column: Column, name: str, rounds: list[dict[str, Row]]) -> str:
     """The median over the rounds of this system's figure over ours in the same round."""
-    both = [done for done in rounds if name in done and OURS.name in done]
-    pairs = [(column.value(done[name]), column.value(done[OURS.name])) for done in both]
-    values = [theirs / own for theirs, own in pairs if theirs is not None and own]
+    values = [theirs / own for theirs, own in pairs(column, name, OURS.name, rounds) if own]
     return format(statistics.median(values), ".2f") if values else ""
+
+
+def above(column: Column, base: System, name: str, rounds: list[dict[str, Row]]) -> str:
+    """The median over the rounds of this system's figure less the base's in the same round."""
+    values = [theirs - least for theirs, least in pairs(column, name, base.name, rounds)]
+    return format(statistics.median(values), column.form) if values and name != base.name else ""
+
+
+def pairs(column: Column, name: str, other: str, rounds: list[dict[str, Row]]) -> list[tuple[float, float]]:
+    """One figure of two systems, from every round in which both have it."""
+    both = [done for done in rounds if name in done and other in done]
+    found = [(column.value(done[name]), column.value(done[other])) for done in both]
+    return [(left, right) for left, right in found if left is not None and right is not None]
 
 
 def load() -> str:
