@@ -2,9 +2,10 @@
 
 A call that finds a place takes it at once. The others wait in one queue a route, in the order of arrival plus half a
 minute for each class below ``critical``: so a ``low`` call overtakes a ``high`` one that came a minute later, and
-nobody starves. The queue is bounded. When it is full the lowest class goes, newest first, with an error that carries
-the wait; refusing early what could only time out is what keeps an overloaded system useful (*Site Reliability
-Engineering*, chapter 21).
+nobody starves. Who cannot be served keeps a claim on the deployments that he waits for, whichever queue he is in; who
+is behind him gets only what nobody in front of him waits for. The queue is bounded. When it is full the lowest class
+goes, newest first, with an error that carries the wait; refusing early what could only time out is what keeps an
+overloaded system useful (*Site Reliability Engineering*, chapter 21).
 
 A quota scope is what shares one rate limit: an account, a key, a region. Whether it is shut is another thing than
 whether a deployment is well, so a 429 shuts the scope for all of its deployments and speaks against none of them.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -23,6 +24,7 @@ from typing import Literal
 import anyio
 
 from ridethrough.runtime.config import RateLimits
+from ridethrough.runtime.errors import ModelError
 from ridethrough.runtime.router.context import PRIORITIES, PriorityClass
 from ridethrough.runtime.router.limits import Window
 
@@ -55,6 +57,7 @@ class Scope:
         self.windows: dict[str, Window] = {}
         self._random = random or Random()
         self._last_wait = 0.0
+        self._hinted = 0
 
     def is_open(self, now: float) -> bool:
         """Whether calls may be made."""
@@ -63,20 +66,35 @@ class Scope:
     def shut(self, now: float, reason: ShutReason, seconds: float | None, detail: str) -> float:
         """Shut it until the later of the old and the new time; returns the seconds that are to be waited.
 
-        Without a hint the wait is decorrelated jitter (Brooker, "Exponential backoff and jitter", 2015).
+        A hint is a floor: a server that refuses again and again is left alone for longer than it asks, each time.
+        Without a hint the wait is decorrelated jitter (Brooker, "Exponential backoff and jitter", 2015). What was
+        refused while it is shut (fifty calls that were under way together) is one refusal.
         """
-        first = _FIRST_WAIT[reason]
-        if seconds is None:
-            longest = max(first, 3.0 * self._last_wait)
-            seconds = min(_LONGEST_WAIT[reason], first + (longest - first) * self._random.random())
-            self._last_wait = seconds
-        if now + seconds >= self.shut_until:
-            self.shut_until, self.reason, self.detail = now + seconds, reason, detail
+        known = now < self.shut_until and reason == self.reason
+        if seconds is not None and 0 <= seconds < math.inf:
+            wait = max(seconds, 0.0 if known else self._beyond_hint(reason))
+        else:
+            wait = 0.0 if known else self._backoff(reason)
+        if now + wait >= self.shut_until:
+            self.shut_until, self.reason, self.detail = now + wait, reason, detail
         return self.shut_until - now
 
+    def _beyond_hint(self, reason: ShutReason) -> float:
+        """Return the least wait after a hint: nothing at first, then a fifth of the usual first one, doubled."""
+        self._hinted += 1
+        if self._hinted == 1:
+            return 0.0
+        return min(_LONGEST_WAIT[reason], 0.2 * _FIRST_WAIT[reason] * 2.0 ** min(30, self._hinted - 2))
+
+    def _backoff(self, reason: ShutReason) -> float:
+        first = _FIRST_WAIT[reason]
+        longest = max(first, 3.0 * self._last_wait)
+        self._last_wait = min(_LONGEST_WAIT[reason], first + (longest - first) * self._random.random())
+        return self._last_wait
+
     def answered(self) -> None:
-        """A call went through: the next wait without a hint is a short one."""
-        self._last_wait = 0.0
+        """A call went through: the next wait is a short one."""
+        self._last_wait, self._hinted = 0.0, 0
 
     def limit(self, limits: RateLimits) -> None:
         """Bind it to configured rates; several deployments of one scope share the lowest."""
@@ -108,6 +126,12 @@ class Scope:
             if kind in self.buckets:
                 self.buckets[kind].take(now, need)
 
+    def give_back(self, now: float, tokens: float) -> None:
+        """The call was not made: book the contrary."""
+        for kind, need in _needs(tokens):
+            if kind in self.buckets:
+                self.buckets[kind].take(now, -need)
+
     def correct(self, now: float, estimated: float, used: float) -> None:
         """Book what a call really used in the place of its estimate."""
         if "tokens" in self.buckets:
@@ -121,6 +145,9 @@ def _needs(tokens: float) -> tuple[tuple[str, float], ...]:
 class Bucket:
     """A token bucket: fills steadily, and holds ten seconds' worth (at least one request)."""
 
+    DEEPEST = 600.0
+    """How many seconds' worth it can be in debt: a call that is said to have used a billion must not shut it."""
+
     def __init__(self, rate: float) -> None:
         """``rate`` is a second."""
         self.rate = rate
@@ -131,16 +158,17 @@ class Bucket:
     def wait(self, now: float, need: float) -> float:
         """Return the seconds until ``need`` is there. A call larger than the bucket waits until it is full."""
         missing = min(need, self.size) - self._fill(now)
-        return max(0.0, missing / self.rate)
+        return missing / self.rate if missing > 1e-6 else 0.0  # what is missing by rounding alone is not missing
 
     def take(self, now: float, need: float) -> None:
         """Take it; the level may go below zero, and a negative need gives back."""
-        self._level = min(self.size, self._fill(now) - need)
+        if math.isfinite(need):
+            self._level = max(-self.DEEPEST * self.rate, min(self.size, self._fill(now) - need))
 
     def _fill(self, now: float) -> float:
-        if self._at is not None and now > self._at:
-            self._level = min(self.size, self._level + self.rate * (now - self._at))
-        self._at = now
+        if self._at is None or now > self._at:
+            self._level = min(self.size, self._level + self.rate * (now - (self._at if self._at is not None else now)))
+            self._at = now
         return self._level
 
 
@@ -187,32 +215,47 @@ class Places:
 
 _numbers = itertools.count()
 
+LOOK_AHEAD = 100
+"""How many who cannot be served are passed over to find one who can, who waits for other deployments."""
+
 
 @dataclass(eq=False)
 class Waiter:
-    """A call that waits. ``granted`` is what it was given, ``shed`` says that it has to go."""
+    """A call that waits for one of the deployments ``names``, after so many failed ``tries``.
+
+    ``granted`` is what it was given, ``refused`` an error that it is to raise, ``shed`` says that it has to go.
+    """
 
     priority: PriorityClass
     since: float
+    names: frozenset[str] = frozenset()
     tries: int = 0
     event: anyio.Event = field(default_factory=anyio.Event)
     granted: object | None = None
+    refused: ModelError | None = None
     shed: bool = False
     gone: bool = False
 
     def __post_init__(self) -> None:
         """Its place in the order never changes."""
         rank = PRIORITIES.index(self.priority)
-        self.rank = rank
-        self.key = (self.since + CLASS_SECONDS * rank + TRY_SECONDS * self.tries, next(_numbers))
+        number = next(_numbers)
+        self.key = (self.since + CLASS_SECONDS * rank + TRY_SECONDS * self.tries, number)
+        self.worth = (rank, self.since, number)
+
+
+Grant = Callable[[Waiter, Collection[str]], object | None]
+"""Takes a place for a waiter at a deployment that is not among the named ones, if there is one."""
 
 
 class Queue:
-    """Those who wait for one and the same choice of deployments, the most urgent first."""
+    """Those who wait for the same choice of deployments, the most urgent first."""
 
     def __init__(self, bound: int) -> None:
         """``bound`` is how many may wait."""
         self.bound = bound
+        self.names: set[str] = set()
+        """The deployments that anybody here may be waiting for."""
         self._heap: list[tuple[tuple[float, int], Waiter]] = []
         self._count = 0
         self._granted = 0
@@ -226,41 +269,56 @@ class Queue:
     def join(self, waiter: Waiter) -> None:
         """Queue up; in a full queue the lowest class, newest first, is shed: perhaps this one."""
         heapq.heappush(self._heap, (waiter.key, waiter))
+        self.names |= waiter.names
         self._count += 1
         if self._count > self.bound:
-            victim = max((each for _, each in self._heap if not each.gone), key=lambda each: (each.rank, each.since))
+            victim = max((each for _, each in self._heap if not each.gone), key=lambda each: each.worth)
             victim.shed = True
             self.leave(victim)
             victim.event.set()
 
     def leave(self, waiter: Waiter) -> None:
         """Go away, with or without a place."""
-        if not waiter.gone:
-            waiter.gone = True
-            self._count -= 1
-
-    def serve(self, grant: Callable[[Waiter], object | None], now: float) -> None:
-        """Give places to the first ones for as long as ``grant`` has any."""
-        while (first := self.first()) is not None:
-            place = grant(first)
-            if place is None:
-                return
-            heapq.heappop(self._heap)
-            self.leave(first)
-            first.granted = place
-            first.event.set()
-            self._note_grant(now)
-
-    def wait_of(self, now: float) -> float:
-        """Estimate the seconds that a newcomer would wait: the queue by the rate at which it was served lately."""
-        rate = self._rate if self._rate_at is not None and now - self._rate_at < 30 else 0.0
-        return min(300.0, max(1.0, self._count / rate if rate > 0 else 1.0 + 0.1 * self._count))
+        if waiter.gone:
+            return
+        waiter.gone = True
+        self._count -= 1
+        if len(self._heap) > 2 * self._count + 64:  # behind one who waits for long many may come and go
+            self._heap = [(key, each) for key, each in self._heap if not each.gone]
+            heapq.heapify(self._heap)
 
     def first(self) -> Waiter | None:
         """Return the most urgent one."""
         while self._heap and self._heap[0][1].gone:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
+
+    def pass_over(self, waiter: Waiter) -> None:
+        """Look at who comes after ``waiter``, the first one, until he is put back."""
+        assert heapq.heappop(self._heap)[1] is waiter
+
+    def put_back(self, waiter: Waiter) -> None:
+        """Put back who was passed over."""
+        if not waiter.gone:
+            heapq.heappush(self._heap, (waiter.key, waiter))
+
+    def settle(self, waiter: Waiter, grant: Grant, claimed: Collection[str], now: float) -> bool:
+        """Give a waiter what ``grant`` has for him, or the error that it raises; false when it has nothing."""
+        try:
+            waiter.granted = grant(waiter, claimed)
+        except ModelError as error:
+            waiter.refused = error
+        if waiter.granted is None and waiter.refused is None:
+            return False
+        self.leave(waiter)
+        waiter.event.set()
+        self._note_grant(now)
+        return True
+
+    def wait_of(self, now: float) -> float:
+        """Estimate the seconds that a newcomer would wait: the queue by the rate at which it was served lately."""
+        rate = self._rate if self._rate_at is not None and now - self._rate_at < 30 else 0.0
+        return min(300.0, max(1.0, self._count / rate if rate > 0 else 1.0 + 0.1 * self._count))
 
     def _note_grant(self, now: float) -> None:
         self._granted += 1
@@ -270,3 +328,35 @@ class Queue:
             rate = self._granted / (now - self._rate_at)
             self._rate = rate if not self._rate else 0.5 * (self._rate + rate)
             self._rate_at, self._granted = now, 0
+
+
+def serve(queues: Collection[Queue], grant: Grant, wanted: Callable[[Waiter], set[str]], now: float) -> None:
+    """Give places to those who wait, the most urgent of all queues first, for as long as there are any.
+
+    Args:
+        queues: All queues.
+        grant: Takes a place for a waiter.
+        wanted: Names the deployments that could serve a waiter, places and rates aside.
+        now: Seconds.
+    """
+    claimed: set[str] = set()
+    passed: list[tuple[Queue, Waiter]] = []
+    try:
+        while len(passed) < LOOK_AHEAD and (found := _most_urgent(queues, claimed)) is not None:
+            queue, waiter = found
+            wants = wanted(waiter) - claimed
+            if wants and queue.settle(waiter, grant, claimed, now):
+                continue
+            claimed |= wants
+            queue.pass_over(waiter)
+            passed.append((queue, waiter))
+    finally:
+        for queue, waiter in passed:
+            queue.put_back(waiter)
+
+
+def _most_urgent(queues: Collection[Queue], claimed: set[str]) -> tuple[Queue, Waiter] | None:
+    """Return who is the first of those that may be waiting for something that nobody has a claim on."""
+    firsts = [(queue, queue.first()) for queue in queues if not queue.names <= claimed]
+    waiting = [(queue, waiter) for queue, waiter in firsts if waiter is not None]
+    return min(waiting, key=lambda each: each[1].key, default=None)

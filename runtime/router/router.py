@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -44,7 +44,7 @@ from ridethrough.runtime.errors import (
 )
 from ridethrough.runtime.events import ModelDelta, ModelReset
 from ridethrough.runtime.router import budget, cache, crowd, describe
-from ridethrough.runtime.router.admission import SHUT_REASONS, Queue, ShutReason, Waiter
+from ridethrough.runtime.router.admission import SHUT_REASONS, Queue, ShutReason, Waiter, serve
 from ridethrough.runtime.router.attempt import Attempt
 from ridethrough.runtime.router.call import (
     QUEUE_SECONDS,
@@ -322,34 +322,35 @@ class Router:
         Raises:
             Unavailable: Waiting is not worth it.
         """
-        queue = self._queues.get(call.group)
-        if not queue and (place := self._take(call)) is not None:
+        if not self._waiting and (place := self._take(call)) is not None:
             return place
         waiter: Waiter | None = None
         call.queued_since = anyio.current_time()
         try:
             while True:
                 now = anyio.current_time()
-                answer = await self._look_around(call, now)
-                if answer is not None:
-                    return answer
                 if waiter is None and any(call.earliest(each) <= now for each in call.candidates):
                     waiter = self._queue_up(call, now)
                     self._pump()
-                if waiter is None or (waiter.granted is None and not waiter.shed):
-                    await self._wait(call, waiter, now)
                 if waiter is not None and isinstance(waiter.granted, Place):
                     place, waiter = waiter.granted, None
                     return place
+                if waiter is not None and waiter.refused is not None:
+                    raise waiter.refused
                 if waiter is not None and waiter.shed:
                     raise self._shed(call)
+                answer = await self._look_around(call, now)
+                if answer is not None:
+                    return answer
+                await self._wait(call, waiter, now)
         finally:
             call.queue_seconds += anyio.current_time() - call.queued_since
             if waiter is not None:
                 self._leave(call, waiter)
 
     def _queue_up(self, call: Call, now: float) -> Waiter:
-        waiter = Waiter(call.context.priority, now, tries=len(call.errors))
+        names = frozenset(each.name for each in call.candidates)
+        waiter = Waiter(call.context.priority, now, names, tries=len(call.errors))
         queue = self._queues.setdefault(call.group, Queue(call.route.queue))
         self._waiting[waiter] = call
         queue.join(waiter)
@@ -367,7 +368,7 @@ class Router:
 
     def _give_back(self, place: Place) -> None:
         place.deployment.health.withdraw(place.ticket, anyio.current_time())
-        place.deployment.rates.correct(anyio.current_time(), place.tokens, 0.0)
+        place.deployment.rates.give_back(anyio.current_time(), place.tokens)
         self._pump()
 
     async def _wait(self, call: Call, waiter: Waiter | None, now: float) -> None:
@@ -380,21 +381,19 @@ class Router:
         with anyio.move_on_after(max(0.0, limit)):
             await waiter.event.wait()
 
-    def _take(self, call: Call, *, but: str | None = None) -> Place | None:
+    def _take(self, call: Call, *, but: Collection[str] = ()) -> Place | None:
         """Take a place at the first candidate that has one now."""
         now = anyio.current_time()
         for deployment in call.candidates:
-            if deployment.name == but or deployment.name in call.too_dear or call.earliest(deployment) > now:
+            if deployment.name in but or deployment.name in call.too_dear or call.earliest(deployment) > now:
                 continue
             self._refuse_known_bad_key(call, deployment, now)
             if (place := self._place_at(call, deployment, now)) is not None:
                 return place
-        return self._last_resort(call, now) if but is None else None
+        return None if but else self._last_resort(call, now)
 
     def _place_at(self, call: Call, deployment: Deployment, now: float) -> Place | None:
-        usage = deployment.expected_usage(call.needs.tokens, call.request.max_tokens)
-        tokens = float(usage.input_tokens + usage.output_tokens)
-        health = deployment.health
+        tokens, health = _expected_tokens(call, deployment), deployment.health
         if deployment.wait(now, tokens) > 0 or deployment.is_full() or not health.room(now):
             return None
         deployment.rates.take(now, tokens)
@@ -410,7 +409,9 @@ class Router:
                 continue
             ticket = deployment.health.begin_last_resort(now, call.needs.tokens)
             if ticket is not None:
-                return Place(deployment, ticket, 0.0)
+                tokens = _expected_tokens(call, deployment)
+                deployment.rates.take(now, tokens)
+                return Place(deployment, ticket, tokens)
         return None
 
     def _refuse_known_bad_key(self, call: Call, deployment: Deployment, now: float) -> None:
@@ -437,7 +438,10 @@ class Router:
                 continue
             for deployment in self._first_call(queue).candidates:
                 deployment.health.awaited(now)
-            queue.serve(lambda waiter: self._take(self._waiting[waiter]), now)
+        serve(self._queues.values(), self._grant, lambda waiter: _wanted(self._waiting[waiter], now), now)
+
+    def _grant(self, waiter: Waiter, claimed: Collection[str]) -> Place | None:
+        return self._take(self._waiting[waiter], but=claimed)
 
     def _first_call(self, queue: Queue) -> Call:
         first = queue.first()
@@ -654,22 +658,34 @@ class Router:
             if race.failures[first] is None:
                 race.won(first)
             return
-        await race.run(after, lambda: self._second(call, first))
+        await race.run(after, lambda: self._second(call, race))
 
-    async def _second(self, call: Call, first: Attempt) -> tuple[Attempt, Place] | None:
+    async def _second(self, call: Call, race: Race) -> tuple[Attempt, Place] | None:
         """Begin a second attempt beside a slow one, if the hedging budget, a place and the money are there."""
-        if not self._hedging.take():
+        if self._waiting or not self._hedging.take():  # those who wait for a first attempt go before
             return None
-        place = self._take(call, but=first.deployment.name)
+        hedge = None
         try:
+            place = self._take(call, but=(race.attempts[0].deployment.name,))
             if place is not None and await self._pay(call, place):
+                hedge = await self._beside(call, race, place)
+        except (ConfigError, ModelError) as error:  # the first attempt is under way: go on with it
+            log.debug("no second attempt beside %s: %s", race.attempts[0].deployment.name, error)
+        if hedge is None:
+            self._hedging.give_back()
+        return hedge
+
+    async def _beside(self, call: Call, race: Race, place: Place) -> tuple[Attempt, Place] | None:
+        """Begin the second attempt, unless the first has given output while money was put aside."""
+        try:
+            if race.winner is None:
                 return self._begin(call, place, hedged=True), place
-        except (BudgetExceeded, ConfigError, Unavailable) as error:  # the first attempt is under way: go on with it
-            log.debug("no second attempt beside %s: %s", first.deployment.name, error)
-            if place is not None and place.hold is not None:
-                self._give_back(place)
-                await self._settle(place, 0.0)
-        self._hedging.give_back()
+        except BaseException:
+            self._give_back(place)
+            await self._settle(place, 0.0)
+            raise
+        self._give_back(place)
+        await self._settle(place, 0.0)
         return None
 
     def _tell(self, call: Call) -> Any:
@@ -754,7 +770,8 @@ class Router:
         if place.hold is not None:
             hold, place.hold = place.hold, None
             try:
-                await self.ledger.settle(hold, usd, now=time.time())
+                with anyio.CancelScope(shield=True):
+                    await self.ledger.settle(hold, usd, now=time.time())
             except StoreError as error:  # an answer that is paid for is not lost over it: the hold counts as spent
                 log.warning("what a call to %s cost could not be booked: %s", place.deployment.name, error)
 
@@ -911,6 +928,7 @@ class Router:
 
     def _health_changed(self, health: Health, old: State, why: str) -> None:
         self._unpublished.add(health.name)
+        self._published_at = -math.inf  # at once: a process that is killed now must not take it along
         self._telemetry.transition(health.name, old, health.state, why)
 
     # --- what others know -------------------------------------------------------------------------------------------
@@ -1070,6 +1088,17 @@ class Router:
         self.ledger.note_attempt(record)
         self._telemetry.attempt(record)
         return record
+
+
+def _wanted(call: Call, now: float) -> set[str]:
+    """Return the deployments that may serve a call now, as far as the call itself is concerned."""
+    usable = (each.name for each in call.candidates if call.earliest(each) <= now)
+    return {name for name in usable if name not in call.too_dear}
+
+
+def _expected_tokens(call: Call, deployment: Deployment) -> float:
+    usage = deployment.expected_usage(call.needs.tokens, call.request.max_tokens)
+    return float(usage.input_tokens + usage.output_tokens)
 
 
 def _tier(name: str | None) -> Tier | None:
