@@ -70,11 +70,13 @@ class Scope:
         Without a hint the wait is decorrelated jitter (Brooker, "Exponential backoff and jitter", 2015). What was
         refused while it is shut (fifty calls that were under way together) is one refusal.
         """
-        known = now < self.shut_until and reason == self.reason
+        known = now < self.shut_until
         if seconds is not None and 0 <= seconds < math.inf:
             wait = max(seconds, 0.0 if known else self._beyond_hint(reason))
+        elif known:
+            wait = 0.0 if reason == self.reason else _FIRST_WAIT[reason]
         else:
-            wait = 0.0 if known else self._backoff(reason)
+            wait = self._backoff(reason)
         if now + wait >= self.shut_until:
             self.shut_until, self.reason, self.detail = now + wait, reason, detail
         return self.shut_until - now
