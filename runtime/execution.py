@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -595,8 +595,7 @@ class Execution:
         if self.holding is None and row.wanted is None and self._something_came(connection):
             return None
         status, reason, due = self._reason(paused=self.holding == "pause" or row.wanted == "pause")
-        awaits, expected = self._awaits() if reason != "operator" else (None, None)
-        expected = due if expected is None else expected
+        awaits, expected = self._awaits(reason, due)
         store.update_run(
             connection,
             self.run_id,
@@ -617,6 +616,8 @@ class Execution:
         return "park"
 
     def _something_came(self, connection: Connection) -> bool:
+        if any(wait.event.is_set() for wait in self.blocked.values()):  # woken while the run was about to be parked
+            return True
         store = self.services.store
         names = {wait.name for wait in self.blocked.values() if wait.kind in SIGNALLED}
         if any(name in names for _, name in store.open_signals(connection, [self.run_id])):
@@ -628,16 +629,20 @@ class Execution:
         """Status, reason and wake-up time of a run that is being parked."""
         if paused:
             return "paused", "operator", None
-        kinds = [wait for wait in self.blocked.values() if wait.kind == "model"]
-        if kinds:
-            return "paused", kinds[0].name, self._next_due()
+        models = sorted((wait for wait in self.blocked.values() if wait.kind == "model"), key=_by_itself)
+        if models:
+            return "paused", models[0].name, self._next_due()
         first = min(self.blocked.values(), key=lambda wait: (_URGENCY.get(wait.kind, 9), wait.path))
         return "waiting", first.kind, self._next_due()
 
-    def _awaits(self) -> tuple[str | None, float | None]:
-        """The condition that wakes the run (of several the first: time does the rest), and when that may be."""
+    def _awaits(self, reason: str, due: float | None) -> tuple[str | None, float | None]:
+        """The condition that wakes the run, and when that may be; without one it is the time at which it is due."""
         waits = [wait for wait in self.blocked.values() if wait.awaits]
-        return (waits[0].awaits, waits[0].expected_at) if waits else (None, None)
+        if reason == "operator" or not waits:
+            return None, due
+        times = [wait.expected_at for wait in waits if wait.name == reason and wait.expected_at is not None]
+        times += [wait.due for wait in self.blocked.values() if not wait.awaits and wait.due is not None]
+        return any_of(wait.awaits for wait in waits), min(times, default=None)
 
     def keep_event(self, connection: Connection, event: EventBase) -> None:
         """Put an event of this run on record, at the position that it has."""
@@ -828,6 +833,25 @@ class _Group:
         asked = f"{len(self.jobs)} branches, of which that one does not fail now"
         self.execution.diverge(self.path, f"a failure of branch {index}", asked)
         return await self.execution.halt()  # type: ignore[no-any-return]
+
+
+def any_of(conditions: Iterable[str]) -> str:
+    """The condition that holds when one of the conditions does."""
+    different = sorted(set(conditions))
+    return different[0] if len(different) == 1 else json.dumps(["any", different])
+
+
+def parts_of(awaits: str) -> list[str]:
+    """The conditions of which one has to hold: those that ``any_of`` was given."""
+    if not awaits.startswith('["any"'):
+        return [awaits]
+    parts: list[str] = json.loads(awaits)[1]
+    return parts
+
+
+def _by_itself(wait: Blocked) -> int:
+    """Of several reasons for a pause the one is told that may pass without anybody's doing."""
+    return {"quota": 1, "budget": 2, "configuration": 3}.get(wait.name, 0)
 
 
 SIGNALLED = ("signal", "question", "approval", "interrupted")

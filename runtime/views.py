@@ -20,8 +20,9 @@ from ridethrough.runtime.tables import FINAL
 PARKED = ("paused", "waiting")
 """The statuses of a run that is in nobody's memory and waits for something."""
 
-BY_HAND = ("operator", "quota", "budget")
-"""Why runs are paused that a person has to do something about."""
+BY_HAND = ("operator", "quota", "budget", "configuration")
+"""Why runs are paused that a person has to do something about: money comes back by itself at times, but who waits
+should not count on it."""
 
 
 class Fields:
@@ -346,21 +347,40 @@ def outlook(store: Store, connection: Connection, run_id: str, now: float) -> Ou
     if row.status not in PARKED or (row.wake_at is not None and row.wake_at <= now):
         return Outlook(state="works")
     own = _waits_by_run(store.waits(connection, [run_id])).get(run_id, [])
-    found = [Blocker(run_id=run_id, wait=wait) for wait in own if wait.kind != "child"]
-    if row.pause_reason in BY_HAND:  # money comes back by itself at times, but who waits should not count on it
-        return Outlook(state="stuck", reason=row.pause_reason, until=_time(row.pause_until), blockers=found)
-    if row.awaits is not None:
-        return Outlook(state="timed", reason=row.pause_reason, until=_time(row.pause_until), blockers=found)
-    children = [outlook(store, connection, wait.name, now) for wait in own if wait.kind == "child"]
-    if any(child.state in ("works", "ended") for child in children):
+    if row.pause_reason == "operator":
+        blockers = [Blocker(run_id=run_id, wait=wait) for wait in own if wait.kind != "child"]
+        return Outlook(state="stuck", reason="operator", blockers=blockers)
+    parts = [
+        outlook(store, connection, wait.name, now) if wait.kind == "child" else _outlook_of(run_id, wait)
+        for wait in own
+    ]
+    return _all_together(row, parts or [_outlook_of(run_id, None, row)])
+
+
+def _outlook_of(run_id: str, wait: WaitView | None, row: Any = None) -> Outlook:
+    """The outlook of one branch by what it waits for; of a run without a recorded wait by its row."""
+    if wait is None:
+        reason, until, goes_on = row.pause_reason or "", _time(row.wake_at), row.awaits is not None
+    else:
+        models = wait.kind == "model"
+        reason, until, goes_on = wait.name if models else wait.kind, wait.until, models
+    moves = (goes_on or until is not None) and reason not in BY_HAND
+    blockers = [] if wait is None else [Blocker(run_id=run_id, wait=wait)]
+    return Outlook(state="timed" if moves else "stuck", reason=reason, until=until, blockers=blockers)
+
+
+def _all_together(row: Any, parts: Sequence[Outlook]) -> Outlook:
+    """The outlook of a run whose branches have these: what moves by itself counts, what does not waits its turn."""
+    if any(part.state in ("works", "ended") for part in parts):
         return Outlook(state="works")
-    times = [child.until for child in children if child.until is not None]
-    times += [] if row.wake_at is None else [_when(row.wake_at)]
-    reasons = [child.reason for child in children if child.state == "stuck"] or [row.pause_reason or ""]
-    found += [blocker for child in children for blocker in child.blockers]
-    until = min(times, default=None)
-    reason = row.pause_reason if row.pause_reason != "child" else reasons[0]
-    return Outlook(state="stuck" if until is None else "timed", reason=reason or "", until=until, blockers=found)
+    state: Literal["timed", "stuck"] = "timed" if any(part.state == "timed" for part in parts) else "stuck"
+    telling = [part for part in parts if part.state == state]
+    own = row.pause_reason or ""
+    reason = telling[0].reason if own == "child" or (own in BY_HAND and state == "timed") else own
+    until = min((part.until for part in telling if part.until is not None), default=None)
+    return Outlook(
+        state=state, reason=reason, until=until, blockers=[blocker for part in parts for blocker in part.blockers]
+    )
 
 
 def unfinished(store: Store, connection: Connection) -> Sequence[str]:

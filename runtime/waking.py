@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from ridethrough.runtime.clock import Clock
 from ridethrough.runtime.errors import ConfigError, Error
-from ridethrough.runtime.execution import Blocked, Execution
+from ridethrough.runtime.execution import Blocked, Execution, parts_of
 from ridethrough.runtime.journal import Journal
 from ridethrough.runtime.store import Store
 
@@ -63,9 +63,10 @@ class Waker:
         open_router: Callable[[], Awaitable[Gate]],
         resident: Mapping[str, Execution],
         executable: Callable[[], tuple[Mapping[str, str], Sequence[str] | None, Sequence[str]]],
+        places: Callable[[], int],
         poke: Callable[[], None],
     ) -> None:
-        """``resident`` are the runs in memory.
+        """``resident`` are the runs in memory, ``places`` gives how many more this worker has room for.
 
         ``executable`` gives what this worker may execute: workflows by name and version, roots (``None``: any), and
         roots that it accepts whatever their version.
@@ -76,6 +77,7 @@ class Waker:
         self._open_router = open_router
         self._resident = resident
         self._executable = executable
+        self._places = places
         self._poke = poke
         self._stir = anyio.Event()
         self._parked: list[str] = []
@@ -90,13 +92,14 @@ class Waker:
     async def watch(self) -> None:
         """Ask and wake until cancelled; while nobody waits, only the list is read, once a second."""
         while True:
+            waiting: list[str] = []
             try:
                 waiting = await self._conditions()
                 for awaits in waiting:
                     await self._wake(awaits)
-            except Error as error:
-                log.warning("runs that wait for models were not looked at: %s", error)
+            except Error as error:  # the database fails, or the router cannot be opened
                 waiting = []
+                self._complain("", error)
             await self._pause(ASK_SECONDS if waiting else LIST_SECONDS)
 
     async def _pause(self, seconds: float) -> None:
@@ -115,22 +118,29 @@ class Waker:
 
     async def _wake(self, awaits: str) -> None:
         router = await self._open_router()
-        try:
-            room = await router.room(awaits)
-        except ConfigError as error:
-            self._complain(awaits, error)
-            return
+        room, part = await self._room(router, awaits)
         if room <= 0:
             return
         freed = self._free_blocked(awaits, room)
         woken: list[str] = []
-        if freed < room and awaits in self._parked:
-            woken = await self._journal.do(lambda connection: self._wake_parked(connection, awaits, room - freed))
+        rest = min(room - freed, self._places())  # a worker that is full leaves them to others
+        if rest > 0 and awaits in self._parked:
+            woken = await self._journal.do(lambda connection: self._wake_parked(connection, awaits, rest))
             if not woken:
                 self._parked.remove(awaits)
-        router.expect(awaits, freed + len(woken))
+        router.expect(part, freed + len(woken))
         if woken:
             self._poke()
+
+    async def _room(self, router: Gate, awaits: str) -> tuple[int, str]:
+        """How many may come, and by which of the conditions of which one has to hold."""
+        rooms: list[tuple[int, str]] = []
+        for part in parts_of(awaits):
+            try:
+                rooms.append((await router.room(part), part))
+            except (ConfigError, ValueError, TypeError) as error:  # written by another version, perhaps
+                self._complain(part, error)
+        return max(rooms, default=(0, awaits))
 
     def _wake_parked(self, connection: Connection, awaits: str, limit: int) -> list[str]:
         workflows, roots, accepted = self._executable()
@@ -149,7 +159,9 @@ class Waker:
             wait.event.set()
         return len(waits[:limit])
 
-    def _complain(self, awaits: str, error: ConfigError) -> None:
-        if awaits not in self._complained:
-            self._complained.add(awaits)
-            log.warning("runs wait for %s, which the configuration does not have any more: %s", awaits, error)
+    def _complain(self, awaits: str, error: Exception) -> None:
+        """Say it once, not ten times a second."""
+        about = f"{awaits} {error}"
+        if about not in self._complained:
+            self._complained.add(about)
+            log.warning("runs that wait for %s cannot be woken: %s", awaits or "models", error)

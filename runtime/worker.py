@@ -109,7 +109,9 @@ class Worker:
         self._claims = self._looking = False
         self._gone: anyio.Event | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
-        self._waker = Waker(store, self.journal, clock, open_router, self.resident, self._executable, self.poke)
+        self._waker = Waker(
+            store, self.journal, clock, open_router, self.resident, self._executable, self._places, self.poke
+        )
 
     # --- services of executions -------------------------------------------------------------------------------------
 
@@ -280,6 +282,10 @@ class Worker:
             awaited.event.set()
 
     # --- claiming ---------------------------------------------------------------------------------------------------
+
+    def _places(self) -> int:
+        """How many more runs there is room for."""
+        return self.concurrency - len(self.mine) - self.reserved
 
     def _executable(self) -> tuple[dict[str, str], list[str] | None, list[str]]:
         """What this worker may execute, as ``Store.wake_awaiting`` takes it."""

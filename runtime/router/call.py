@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ridethrough.runtime.config import TIERS, Route, Tier
@@ -77,21 +77,33 @@ class Call:
     @property
     def awaits(self) -> str:
         """The condition under which another try is worth it."""
-        return awaits_of(self.name, self.floor)
+        may = {each.name for each in self.candidates}
+        return awaits_of(self.name, self.floor, [name for name in self.route.models if name not in may])
 
     def earliest(self, deployment: Deployment) -> float:
         """Return when this call may try a deployment again, health aside."""
         return self.not_before.get(deployment.name, -math.inf)
 
 
-def awaits_of(route: str, floor: str | None) -> str:
-    """Write the wake-up condition "any deployment of the route at or above the floor answers"."""
-    return json.dumps(["route", route, floor])
+def awaits_of(route: str, floor: str | None, others: Sequence[str] = ()) -> str:
+    """Write the wake-up condition "any deployment of the route answers".
+
+    It has to be at or above the floor, and none of the ``others``: they cannot answer this call, well as they may be.
+    """
+    return json.dumps(["route", route, floor, *([sorted(others)] if others else [])])
 
 
-def awaits_of_budget(cap: Cap) -> str:
-    """Write the wake-up condition "the budget has something left"."""
-    return json.dumps(["budget", cap.key, cap.usd, cap.resets_at])
+def awaits_of_budget(cap: Cap, usd: float) -> str:
+    """Write the wake-up condition "the budget has so much left".
+
+    The amount is rounded up to two digits: calls of about the same price wait for the same.
+    """
+    return json.dumps(["budget", cap.key, cap.usd, cap.resets_at, _rounded_up(usd)])
+
+
+def _rounded_up(usd: float) -> float:
+    rounded = float(f"{usd:.1e}")
+    return rounded if rounded >= usd else float(f"{usd * 1.05:.1e}")
 
 
 def higher(left: Tier | None, right: Tier | None) -> Tier | None:

@@ -7,13 +7,74 @@ parked by themselves) a handful at a time is let in.
 
 from __future__ import annotations
 
-from ridethrough.runtime.router.choice import Needs
+import json
+from collections.abc import Iterable, Sequence
+
+from ridethrough.runtime.config import at_least
 from ridethrough.runtime.router.deployment import Deployment
+from ridethrough.runtime.router.ledger import Cap, Spending
 
 STEP = 8
 """How many come at a time where nothing else bounds them."""
 
-NO_NEEDS = Needs(frozenset(), 0)
+ON_THE_WAY = 2.0
+"""Seconds that those who were woken have to arrive, until they do not count any more."""
+
+
+class Expected:
+    """Those who were woken and have not arrived yet: they are not counted as room again."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, list[float]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there may be any."""
+        return bool(self._until)
+
+    def add(self, awaits: str, count: int, now: float) -> None:
+        """So many are on their way."""
+        if count:
+            self._until.setdefault(awaits, []).extend([now + ON_THE_WAY] * count)
+
+    def count(self, awaits: str, now: float) -> int:
+        """Return how many still are."""
+        left = [until for until in self._until.get(awaits, ()) if until > now]
+        if left:
+            self._until[awaits] = left
+        else:
+            self._until.pop(awaits, None)
+        return len(left)
+
+    def arrived(self, awaits: str, caps: Sequence[Cap]) -> None:
+        """One that may have waited for this is here, or for one of these budgets in any window."""
+        subjects = {_subject(cap.key) for cap in caps}
+        for known, left in self._until.items():
+            if left and (known == awaits or _budget_of(known) in subjects):
+                left.pop()
+
+
+def _budget_of(awaits: str) -> str:
+    what = json.loads(awaits)
+    return _subject(what[1]) if what[0] == "budget" else ""
+
+
+def _subject(key: str) -> str:
+    """Whose money it is, without the window."""
+    return key.partition("/")[0]
+
+
+# --- room -----------------------------------------------------------------------------------------------------------
+
+
+def may_come(deployments: Iterable[Deployment], floor: str | None, others: Sequence[str]) -> list[Deployment]:
+    """Return who may answer those who wait: at or above the floor, and none of the ``others``, who cannot."""
+    return [each for each in deployments if each.name not in others and at_least(each.model.tier, floor)]
+
+
+def room_of(deployments: Sequence[Deployment], now: float) -> int:
+    """Return how many of a crowd may come for any of these now; asking says that a crowd waits for them."""
+    together(deployments)
+    return max((room_at(each, now) for each in deployments), default=0)
 
 
 def room_at(deployment: Deployment, now: float) -> int:
@@ -26,3 +87,35 @@ def room_at(deployment: Deployment, now: float) -> int:
     free = deployment.places.limit - len(health.flight)
     room = health.room(now)
     return max(0, min(free, room if health.state in ("open", "half_open", "ramping") else STEP))
+
+
+def room_for_money(cap: float | None, spending: Spending, least: float) -> int:
+    """Return how many calls of at least ``least`` USD a budget has money for; without a cap it is no bound."""
+    if cap is None:
+        return STEP
+    left, least = cap - spending.spent - spending.reserved, min(least, cap)
+    if least <= 0:
+        return STEP if left >= 0 else 0
+    return max(0, min(STEP, int(left / least + 1e-6)))
+
+
+# --- the rate of all together ---------------------------------------------------------------------------------------
+
+
+def together(deployments: Sequence[Deployment]) -> None:
+    """Tell each the usual rate of the others, which may come to it.
+
+    Two that failed together must not each let in one and a half times what both had, nor a standby, of which no usual
+    rate is known, whatever comes.
+    """
+    if len(deployments) > 1 and any(each.health.state == "ramping" for each in deployments):
+        usual = [each.health.usual_rate or 0.0 for each in deployments]
+        for each, own in zip(deployments, usual, strict=True):
+            each.health.others_rate = sum(usual) - own
+
+
+def begun(deployment: Deployment, candidates: Iterable[Deployment]) -> None:
+    """A call has begun at one of the candidates: the ramps of the others have let it in, too."""
+    for other in candidates:
+        if other is not deployment:
+            other.health.begun_beside()

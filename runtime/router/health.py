@@ -196,6 +196,8 @@ class Health:
         self.verdict, self.detail = "unknown", ""
         self.last_at: float | None = None
         self.usual_rate: float | None = None
+        self.others_rate = 0.0
+        """The usual rate of those who answer the same calls: what comes back comes back to all of them."""
         self.usual_flight = 0
         self.last_good = -math.inf
         self._random = random or Random()
@@ -260,6 +262,11 @@ class Health:
     def begin_ping(self, now: float) -> Ticket:
         """Begin a call that is made whatever is known, and proves nothing."""
         return Ticket(now, -1, 0, last_resort=True)
+
+    def begun_beside(self) -> None:
+        """Another one that answers the same calls has begun one: it was let in by the rate of this ramp too."""
+        if self.state == "ramping":
+            self._ramp.tokens = max(-1.0, self._ramp.tokens - 1)
 
     def awaited(self, now: float) -> None:
         """Somebody waits for this deployment: the ramp goes on for another second."""
@@ -502,10 +509,10 @@ class Health:
 
     def _refilled(self, now: float) -> float:
         """Return how many calls the rate of the ramp lets in now; without a known usual rate it sets no bound."""
-        ramp = self._ramp
-        if self.usual_rate is None or self.usual_rate < 1:
+        ramp, usual = self._ramp, (self.usual_rate or 0.0) + self.others_rate
+        if usual < 1:
             return float(NO_LIMIT)
-        rate = ramp.rate(self.usual_rate, now)
+        rate = ramp.rate(usual, now)
         ramp.tokens = min(max(1.0, rate * 0.2), ramp.tokens + rate * (now - ramp.filled))
         ramp.filled = now
         return ramp.tokens

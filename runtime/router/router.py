@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -109,7 +109,7 @@ class Router:
         self._waiting: dict[Waiter, Call] = {}
         self._flights = cache.SingleFlight()
         self._hedging = HedgingBudget()
-        self._expected: dict[str, list[float]] = {}
+        self._expected = crowd.Expected()
         self._stack: AsyncExitStack | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._stir = anyio.Event()
@@ -394,9 +394,11 @@ class Router:
 
     def _place_at(self, call: Call, deployment: Deployment, now: float) -> Place | None:
         tokens, health = _expected_tokens(call, deployment), deployment.health
+        crowd.together(call.candidates)
         if deployment.wait(now, tokens) > 0 or deployment.is_full() or not health.room(now):
             return None
         deployment.rates.take(now, tokens)
+        crowd.begun(deployment, call.candidates)
         return Place(deployment, health.begin(now, call.needs.tokens), tokens)
 
     def _last_resort(self, call: Call, now: float) -> Place | None:
@@ -570,7 +572,7 @@ class Router:
             return False
         if answer.cap.on_exceeded == "fail":
             raise self._budget_error(answer)
-        raise self._waits_for_money(call, answer)
+        raise self._waits_for_money(call, answer, usd)
 
     def _expected_cost(self, call: Call, deployment: Deployment) -> float:
         if deployment.cost_of is None:
@@ -588,17 +590,17 @@ class Router:
         )
         return BudgetExceeded(text, budget=cap.name, usd=cap.usd, resets_at=cap.resets_at)
 
-    def _waits_for_money(self, call: Call, refused: Refusal) -> Unavailable:
+    def _waits_for_money(self, call: Call, refused: Refusal, usd: float) -> Unavailable:
         cap = refused.cap
         wait = None if cap.resets_at is None else max(1.0, cap.resets_at - time.time())
         text = self._budget_error(refused).message
-        return Unavailable(
-            text, errors=tuple(call.errors), retry_after=wait, reason="budget", awaits=awaits_of_budget(cap)
-        )
+        awaits = awaits_of_budget(cap, usd)
+        return Unavailable(text, errors=tuple(call.errors), retry_after=wait, reason="budget", awaits=awaits)
 
     def _no_money(self, call: Call) -> ModelResponse:
         cap = next(iter(call.too_dear.values()))
-        raise self._waits_for_money(call, Refusal(cap, cap.usd, 0.0))
+        usd = min(self._expected_cost(call, each) for each in call.candidates)
+        raise self._waits_for_money(call, Refusal(cap, cap.usd, 0.0), usd)
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
@@ -979,9 +981,8 @@ class Router:
 
     def _arrived(self, call: Call) -> None:
         """A call for which room was promised has come."""
-        expected = self._expected.get(call.awaits)
-        if expected:
-            expected.pop()
+        if self._expected:
+            self._expected.arrived(call.awaits, call.caps)
 
     # --- waking -----------------------------------------------------------------------------------------------------
 
@@ -994,39 +995,27 @@ class Router:
         Raises:
             ConfigError: The condition names a route that is gone.
         """
-        what = json.loads(awaits)
-        if what[0] == "budget":
-            left = await self._money_left(what[1], what[3])
-            return crowd.STEP - self._on_the_way(awaits) if left else 0
-        _, name, floor = what
+        kind, *what = json.loads(awaits)
+        room = await (self._money_left(*what) if kind == "budget" else self._room_of_route(*what))
+        return max(0, room - self._expected.count(awaits, anyio.current_time()))
+
+    async def _room_of_route(self, name: str, floor: str | None, others: Sequence[str] = ()) -> int:
         deployments = await self._roster.of(self._roster.route(name))
-        now = anyio.current_time()
-        may = [each for each in deployments if refusal(each, crowd.NO_NEEDS, floor, None) is None]
-        rooms = [crowd.room_at(each, now) for each in may]
+        may = crowd.may_come(deployments, floor, others)
         queued = sum(len(queue) for group, queue in self._queues.items() if group[0] == name)
-        return max(0, max(rooms, default=0) - queued - self._on_the_way(awaits))
+        return crowd.room_of(may, anyio.current_time()) - queued
 
     def expect(self, awaits: str, count: int) -> None:
         """Say that so many of those who waited are on their way; they are given two seconds."""
-        until = anyio.current_time() + 2.0
-        self._expected.setdefault(awaits, []).extend([until] * count)
+        self._expected.add(awaits, count, anyio.current_time())
 
-    def _on_the_way(self, awaits: str) -> int:
-        now = anyio.current_time()
-        left = [until for until in self._expected.get(awaits, ()) if until > now]
-        self._expected[awaits] = left
-        return len(left)
-
-    async def _money_left(self, key: str, resets_at: float | None) -> bool:
-        """Whether a budget has something left: its window is over, it was raised, or money was given back."""
+    async def _money_left(self, key: str, _usd: float, resets_at: float | None, least: float = 0.0) -> int:
+        """How many a budget has money for: its window is over, it was raised, or money was given back."""
         now = time.time()
         if resets_at is not None and now >= resets_at:
-            return True
+            return crowd.STEP
         cap = budget.usd_now(self.config.budgets, key)
-        if cap is None:
-            return True
-        spending = (await self.ledger.spending([key], now=now))[key]
-        return spending.spent + spending.reserved < cap
+        return crowd.room_for_money(cap, (await self.ledger.spending([key], now=now))[key], least)
 
     # --- what people ask --------------------------------------------------------------------------------------------
 
