@@ -118,7 +118,7 @@ TABLE: tuple[Rule, ...] = (
         ContentFilter,
         _names(
             "content_filter content_policy_violation responsibleaipolicyviolation moderation_blocked safety"
-            " prohibited_content invalid_prompt"
+            " prohibited_content invalid_prompt image_content_policy_violation"
         ),
     ),
     Rule(
@@ -183,6 +183,10 @@ TABLE: tuple[Rule, ...] = (
         _names(
             "invalid_request_error invalid_value not_found_error not_found model_not_found tool_use_failed"
             " invalid_argument request_too_large validationexception"
+            # Images that the Responses API cannot use: it tells so only after it has begun to answer.
+            " invalid_image invalid_image_format invalid_base64_image invalid_image_url invalid_image_mode"
+            " image_too_large image_too_small image_file_too_large image_file_not_found image_parse_error"
+            " unsupported_image_media_type empty_image_file failed_to_download_image"
         ),
     ),
     Rule(ServerError),

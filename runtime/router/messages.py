@@ -41,10 +41,11 @@ class _Canonical(BaseModel):
 
 
 class TextPart(_Canonical):
-    """A piece of text."""
+    """A piece of text. ``after_calls`` is how many tool calls of the same message came before it."""
 
     type: Literal["text"] = "text"
     text: str
+    after_calls: int = 0
 
 
 class ImagePart(_Canonical):

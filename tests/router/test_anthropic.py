@@ -136,7 +136,7 @@ def test_a_model_that_cannot_be_forced_is_left_to_choose() -> None:
 
 
 def test_results_are_one_turn_and_stand_before_other_content() -> None:
-    got = turns([user("q"), calling("a", "b"), user("wait"), result("b"), result("a", "x", is_error=True)])
+    got = turns([user("q"), calling("a", "b"), user("wait"), result("b", "x", is_error=True), result("a")])
     assert got[1:] == [
         (
             "assistant",
@@ -148,8 +148,8 @@ def test_results_are_one_turn_and_stand_before_other_content() -> None:
         (
             "user",
             [
-                {"type": "tool_result", "tool_use_id": "b", "content": [text("r")]},
-                {"type": "tool_result", "tool_use_id": "a", "content": [text("x")], "is_error": True},
+                {"type": "tool_result", "tool_use_id": "a", "content": [text("r")]},
+                {"type": "tool_result", "tool_use_id": "b", "content": [text("x")], "is_error": True},
                 text("wait"),
             ],
         ),
@@ -171,7 +171,7 @@ def test_images_go_where_the_wire_takes_them() -> None:
     assert first == [text("see"), image, linked]
     assert last[0]["content"] == [{"type": "image", "source": {**source, "media_type": "image/jpeg"}}]
     assert last[1]["content"] == [text("no")]
-    assert last[2:] == [image, text("[an image of type image/bmp was left out]")]
+    assert last[2:] == [image, text("[an image was left out]")]
     assert [note.split(":")[0] for note in rendered(messages).notes] == [
         "images of failed tool calls were sent after their results",
         "images of type image/bmp were left out",
@@ -226,7 +226,7 @@ def test_a_conversation_of_another_wire_is_made_valid() -> None:
     assert begin == [text("(The conversation begins with an answer.)")]
     assert first[1] == {"type": "tool_use", "id": "call_1_x", "name": "a_b", "input": {}}
     assert answers[0]["tool_use_id"] == "call_1_x"
-    assert answers[1:] == [text("Result of an earlier call of f:"), text("late")]
+    assert answers[1:] == [text("The result of f (call gone), whose call is not shown:\nlate")]
     assert again[0]["id"] == "call_1_x_2"
     assert (missing[0]["tool_use_id"], missing[0]["is_error"]) == ("call_1_x_2", True)
     assert missing[1] == text("<system>\nhurry\n</system>")
@@ -236,7 +236,7 @@ def test_a_conversation_of_another_wire_is_made_valid() -> None:
     assert len(got.notes) == 5
 
 
-@pytest.mark.parametrize("id", ["facts", "images", "orphan", "late", "result"])
+@pytest.mark.parametrize("id", ["marks", "images", "notes", "late", "missing"])
 def test_an_id_is_never_taken_for_another_rendering(id: str) -> None:
     failed = result(id, (TextPart(text="no"), IMAGE), is_error=True)
     call = AssistantMessage(content=(TextPart(text="x"),), tool_calls=calling(id).tool_calls)
@@ -632,7 +632,7 @@ def test_items_of_the_providers_own_tools_are_kept() -> None:
     assert items == ['web_search({"query": "x"})', "T\nhttps://e.org", ""]
     assert turns([user("q"), answer, user("r")])[1][1] == [text("look"), use, got, cited]
     foreign = AnthropicMessages("other").render(ModelRequest([user("q"), answer]), OLD, stream=False)
-    assert "items of p were left out: only that provider can read them" in foreign.notes
+    assert [note.split()[0] for note in foreign.notes] == ["server_tool_use", "web_search_tool_result", "'Continue.'"]
 
 
 def test_a_paused_turn_is_sent_again_as_it_is() -> None:

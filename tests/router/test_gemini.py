@@ -223,15 +223,15 @@ def test_results_are_one_turn_in_the_order_of_their_calls() -> None:
     payload = body(*conversation)
     assert [part["functionResponse"]["response"] for part in payload["contents"][2]["parts"]] == [
         {"output": "1"},
-        {"error": "no result was recorded"},
+        {"error": "There is no result of this call: it was not made, or was interrupted."},
         {"output": "3"},
     ]
     assert [part["functionResponse"]["name"] for part in payload["contents"][2]["parts"]] == ["f", "g", "f"]
     assert payload["contents"][3]["parts"] == [{"text": "hurry"}]
-    assert payload["contents"][4]["parts"][0]["text"].startswith("Result of h (z)")
+    assert payload["contents"][4]["parts"][0]["text"].startswith("The result of h (call z)")
     told = notes(*conversation)
     assert "without a result" in told
-    assert "without their call" in told
+    assert "not in the conversation" in told
 
 
 @pytest.mark.parametrize(
@@ -266,11 +266,12 @@ def test_a_conversation_of_other_wires_is_taken() -> None:
     assert call["thoughtSignature"] == "skip_thought_signature_validator"
     assert "thoughtSignature" not in second
     assert "thoughtSignature" not in model_parts(body(*conversation, model=OLD))[1]
-    assert notes(*conversation).splitlines()[1:] == [
+    assert notes(*conversation).splitlines() == [
         "reasoning of other was left out: only that provider can read it",
-        "items of other were left out: only that provider can read them",
-        "instructions in mid-conversation were sent before it: this wire has them only there",
+        "server_tool_use items of other were left out: only that provider can read them",
         "images in instructions were left out: this wire takes text there",
+        "instructions in mid-conversation were sent before it: this wire has them only there",
+        "tool calls without a result were answered with an error",
     ]
 
 
@@ -285,7 +286,7 @@ def test_only_new_messages_are_written() -> None:
     answer = AssistantMessage(content="so", tool_calls=(ToolCall(id="a", name="f"),))
     conversation: list[Message] = [UserMessage(content="hi"), answer, ToolMessage(tool_call_id="a", content="ok")]
     body(*conversation)
-    keys = ("gemini/g/modern", "gemini/g/modern", "gemini/g/modern/f")
+    keys = ("gemini/g/modern", "gemini/g/modern\0a", "gemini/g/modern\0a\0f")
     assert all(is_written(message, key) for message, key in zip(conversation, keys, strict=True))
     assert not is_written(UserMessage(content="hi"), keys[0])
 
@@ -319,7 +320,7 @@ def test_an_answer_goes_back_part_for_part() -> None:
     stored = AssistantMessage.model_validate_json(answer.message.model_dump_json())
     assert model_parts(body(UserMessage(content="hi"), stored)) == parts
     elsewhere = body(UserMessage(content="hi"), stored, wire=GeminiGenerate("other"), model=OLD)
-    kept = ["text", "text", "text", "inlineData", "text", "functionCall", "functionCall"]
+    kept = ["text", "text", "text", "inlineData", "functionCall", "text", "functionCall"]
     assert [next(iter(part)) for part in model_parts(elsewhere)] == kept
     assert "Signature" not in json.dumps(elsewhere)
 

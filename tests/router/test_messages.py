@@ -94,7 +94,7 @@ def test_a_message_is_rendered_once_and_stays_equal() -> None:
 
 
 def test_another_providers_reasoning_is_left_out_with_a_note() -> None:
-    request = ModelRequest(conversation())
+    request = ModelRequest([*conversation(), ToolMessage(tool_call_id="2", name="f", content="no JSON", is_error=True)])
     own = OpenAIChat("p").render(request, "m", stream=False)
     other = OpenAIChat("q").render(request, "m", stream=False)
     assert b'"reasoning_content":"hm"' in own.body

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
-from ridethrough.runtime.router.errors import TABLE, Rule, classify
+from ridethrough.runtime.router.errors import TABLE, Rule
 from ridethrough.runtime.router.messages import (
     AssistantMessage,
     Content,
@@ -43,8 +42,22 @@ from ridethrough.runtime.router.messages import (
     parse_call,
     text_of,
 )
+from ridethrough.runtime.router.providers import bodies
 from ridethrough.runtime.router.providers.anthropic_models import Traits, closed_schema, traits_of
-from ridethrough.runtime.router.providers.sse import Event, EventParser
+from ridethrough.runtime.router.providers.bodies import count, dump, dump_all
+from ridethrough.runtime.router.providers.history import (
+    ANSWER_FIRST,
+    EMPTY,
+    UNREPLIED,
+    Filler,
+    History,
+    Turn,
+    left_out,
+    noted,
+)
+from ridethrough.runtime.router.providers.parts import NO_IMAGE, arguments_of, images_in, inline, parts_of
+from ridethrough.runtime.router.providers.streams import AnswerStream
+from ridethrough.runtime.router.providers.structured import in_words
 from ridethrough.runtime.router.providers.wire import Answer, Rendered
 
 VERSION = "2023-06-01"
@@ -77,34 +90,25 @@ class AnthropicMessages:
         talk = _Talk(self.provider, request.messages)
         head = _Head(request, model, talk, stream)
         tools = [tool.rendered("anthropic", _tool) for tool in request.tools] or talk.stand_ins()
-        body = _dump(head.body)[:-1]
+        body = dump(head.body)[:-1]
         if tools:
             body += b',"tools":[' + b",".join([*tools[:-1], _marked(tools[-1])]) + b"]"
         if system := [*talk.system, *head.system]:
             body += b',"system":[' + b",".join([*system[:-1], _marked(system[-1])]) + b"]"
         body += b',"messages":[' + b",".join(talk.turns(marked=bool(tools) or talk.answered)) + b"]}"
-        headers = {
-            "content-type": "application/json",
-            "accept": "text/event-stream" if stream else "application/json",
-            "anthropic-version": VERSION,
-            **head.headers,
-        }
+        headers = {**bodies.headers(stream=stream), "anthropic-version": VERSION, **head.headers}
         return Rendered("v1/messages", body, headers, (*head.notes, *talk.notes))
 
     def parse(self, body: bytes, deployment: str) -> Answer:
         """Read a body that came with status 200."""
-        payload = _json(body, deployment)
-        if _is_error(payload):
-            raise classify(200, payload, deployment=deployment, table=self._table)
-        try:
-            return _Ending(payload).answer(payload["content"], self.provider)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            text = f"{deployment} sent no answer in its answer ({type(error).__name__}): {_excerpt(body)}"
-            raise ServerError(text, deployment=deployment, status=200) from None
+        return bodies.read_answer(body, deployment, self._table, bodies.error_in, self._whole)
 
     def stream(self, deployment: str) -> MessagesStream:
         """Return a reader for one streamed answer."""
         return MessagesStream(self.provider, deployment, self._table)
+
+    def _whole(self, payload: Any) -> Answer:
+        return _Ending(payload).answer(payload["content"], self.provider)
 
 
 # --- requests: all but the conversation -----------------------------------------------------------------------------
@@ -217,9 +221,7 @@ class _Head:
         if closed is not None:
             self.body.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": closed}
             return
-        told = json.dumps(schema, ensure_ascii=False)
-        text = f"Answer with JSON that matches this JSON Schema, and with nothing else:\n{told}"
-        self.system.append(_dump({"type": "text", "text": text}))
+        self.system.append(_text(in_words(schema, tools=bool(self._request.tools))))
         self.notes.append(f"{self._model} cannot be held to this output schema: it was asked to follow it")
 
     def _sample(self) -> None:
@@ -236,17 +238,13 @@ class _Head:
                 self.notes.append("temperature was lowered to 1, the highest here")
 
 
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
 def _marked(piece: bytes) -> bytes:
     """Set a breakpoint of the prompt cache at the last object of ``piece``."""
     return piece[:-1] + b',"cache_control":{"type":"ephemeral"}}'
 
 
 def _tool(tool: ToolSpec) -> bytes:
-    return _dump({"name": tool.name, "description": tool.description, "input_schema": tool.parameters})
+    return dump({"name": tool.name, "description": tool.description, "input_schema": tool.parameters})
 
 
 # --- requests: the conversation -------------------------------------------------------------------------------------
@@ -254,11 +252,6 @@ def _tool(tool: ToolSpec) -> bytes:
 _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 
 _LATE_SYSTEM = "system messages after the beginning were sent as text of the user's turn"
-_NO_BEGINNING = "a user's turn was put before the first answer: this wire wants one there"
-_NO_QUESTION = "'Continue.' was put after answers that nobody replied to: this wire wants a user's turn there"
-_NO_MESSAGE = "'Begin.' was put into the empty conversation: this wire wants a user's turn there"
-_ORPHAN = "results of tool calls that are not in the conversation were sent as text"
-_UNANSWERED = "tool calls without a result were answered with an error"
 
 
 @dataclass
@@ -274,24 +267,29 @@ class _Turn:
 class _Talk:
     """A conversation as turns. Walks all messages, but renders only those that were not rendered before."""
 
-    def __init__(self, provider: str, messages: Iterable[Message]) -> None:
+    def __init__(self, provider: str, messages: Sequence[Message]) -> None:
         self.system: list[bytes] = []
-        self.notes: list[str] = []
         self.calls: list[ToolCall] = []
         self.thought = False
         self._provider = provider
         self._key = f"anthropic/{provider}"
         self._turns: list[_Turn] = []
-        self._results: list[bytes] = []
-        self._others: list[bytes] = []
-        self._open: list[tuple[ToolCall, str]] = []
-        self._used: dict[str, int] = {}
+        self._user: list[bytes] = []
         self._begun_thinking = False
         self._looping = False
         self._paused = False
-        for message in messages:
-            self._add(message)
+        self._history = History(messages, _fit)
+        self._notes = noted(messages, f"notes\0{self._key}", partial(_notes, provider=provider))
+        for turn in self._history.turns:
+            if turn.answer is not None:
+                self._assistant(turn.answer, turn)
+            self._followers(turn)
         self._finish()
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be carried, and what was put in."""
+        return [*self._notes, *self._history.notes]
 
     @property
     def answered(self) -> bool:
@@ -312,42 +310,18 @@ class _Talk:
     def stand_ins(self) -> list[bytes]:
         """Return tools by the names of the calls: a conversation with calls is refused without any tools."""
         names = dict.fromkeys(map(_name, self.calls))
-        return [_dump({"name": name, "description": "", "input_schema": {"type": "object"}}) for name in names]
+        return [dump({"name": name, "description": "", "input_schema": {"type": "object"}}) for name in names]
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def _add(self, message: Message) -> None:
-        marks = b"" if isinstance(message.content, str) else self._marks(message)
-        if isinstance(message, AssistantMessage):
-            self._assistant(message, marks)
-        elif isinstance(message, ToolMessage):
-            self._result(message)
-        elif isinstance(message, UserMessage):
-            self._others += _filled(message.rendered("anthropic", _user))
-        elif self._turns or self._results or self._others:
-            self._note(_LATE_SYSTEM)
-            self._others += _filled(message.rendered("anthropic/late", _late_system))
-        else:
-            self.system += _filled(message.rendered("anthropic", _system))
-
-    def _marks(self, message: Message) -> bytes:
-        """Return the marks of ``message`` and take over its notes."""
-        facts = message.rendered("facts/" + self._key, partial(_facts, provider=self._provider))
-        marks, *notes = facts.split(b"\n")
-        for note in notes:
-            self._note(note.decode())
-        return marks
-
-    def _assistant(self, message: AssistantMessage, marks: bytes) -> None:
-        ids = [self._unique(call.id) for call in message.tool_calls]
-        key = "/".join((self._key, *ids))
-        if not (piece := message.rendered(key, partial(_assistant, ids=ids, provider=self._provider))):
+    def _assistant(self, message: AssistantMessage, turn: Turn) -> None:
+        piece = message.rendered(turn.key(self._key), partial(_assistant, ids=turn.ids, provider=self._provider))
+        if not piece:
             return
+        marks = b""
+        if not isinstance(message.content, str):
+            marks = message.rendered(f"marks\0{self._key}", partial(_marks, provider=self._provider))
         self._end_user_turn()
         if not self._turns:
-            self._say(_NO_BEGINNING, "(The conversation begins with an answer.)")
+            self._say(ANSWER_FIRST)
         if self._paused and self._turns[-1].role == "assistant":
             self._turns[-1].pieces.append(piece)
         else:
@@ -355,53 +329,49 @@ class _Talk:
             self._turns.append(_Turn("assistant", [piece]))
             self._begun_thinking = _BEGINS in marks
         self.thought = self.thought or _THINKS in marks
-        self._paused = _PAUSES in marks and not ids
-        self._open = list(zip(message.tool_calls, ids, strict=True))
+        self._looping = bool(turn.ids)
+        self._paused = _PAUSES in marks and not self._looping
         self.calls += message.tool_calls
 
-    def _say(self, note: str, text: str) -> None:
+    def _followers(self, turn: Turn) -> None:
+        """Add what follows an answer to the user's turn: first the results of its calls, as the wire wants it."""
+        pairs = list(zip(turn.results, turn.ids, strict=True))
+        self._user += [result.rendered(f"{self._key}\0{id}", partial(_result, id=id)) for result, id in pairs]
+        for result in turn.results:
+            if result.is_error and images_in(result.content):
+                self._user.append(result.rendered(f"images\0{self._key}", _images))
+        for message in turn.others:
+            if isinstance(message, UserMessage):
+                self._user += _filled(message.rendered("anthropic", _user))
+            elif self._turns or self._user:
+                self._history.notes[_LATE_SYSTEM] = None
+                self._user += _filled(message.rendered("late\0anthropic", _late_system))
+            else:
+                self.system += _filled(message.rendered("anthropic", _system))
+
+    def _say(self, filler: Filler) -> None:
         """Say something for the user, where the wire wants something said."""
-        self._turns.append(_Turn("user", [_text(text)]))
-        self._note(note)
-
-    def _unique(self, id: str) -> str:
-        """Return an id that fits and is used only once: some providers count anew in each turn."""
-        base = fit = _UNFIT.sub("_", id) or "call"
-        while fit in self._used:
-            self._used[base] += 1
-            fit = f"{base}_{self._used[base]}"
-        self._used[fit] = 1
-        return fit
-
-    def _result(self, message: ToolMessage) -> None:
-        for number, (call, id) in enumerate(self._open):
-            if call.id == message.tool_call_id:
-                del self._open[number]
-                self._results.append(message.rendered(f"anthropic/result/{id}", partial(_result, id=id)))
-                self._others += _filled(message.rendered("anthropic/images", _images_of_error))
-                return
-        self._note(_ORPHAN)
-        self._others.append(message.rendered("anthropic/orphan", _orphan))
+        self._turns.append(_Turn("user", [_text(self._history.fill(filler))]))
 
     def _end_user_turn(self) -> None:
-        for _, id in self._open:
-            self._note(_UNANSWERED)
-            self._results.append(_unanswered(id))
-        self._looping = bool(self._results)
-        if pieces := [*self._results, *self._others]:
-            self._turns.append(_Turn("user", pieces))
-        self._open, self._results, self._others = [], [], []
+        if self._user:
+            self._turns.append(_Turn("user", self._user))
+        self._user = []
 
     def _end_assistant_turn(self) -> None:
         if self._turns[-1].role == "assistant":
-            self._say(_NO_QUESTION, "Continue.")
+            self._say(UNREPLIED)
 
     def _finish(self) -> None:
         self._end_user_turn()
         if not self._turns:
-            self._say(_NO_MESSAGE, "Begin.")
+            self._say(EMPTY)
         elif not self._paused:
             self._end_assistant_turn()
+
+
+def _fit(id: str) -> str:
+    return _UNFIT.sub("_", id)
 
 
 def _filled(piece: bytes) -> list[bytes]:
@@ -414,28 +384,19 @@ _THINKS, _BEGINS, _PAUSES = b"t", b"b", b"p"
 """Marks of an answer: has a thought of the provider's, begins with one, ends with an item of it."""
 
 _IMAGES = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
-_DATA_URL = re.compile(r"data:([^;,]+);base64,(.*)", re.DOTALL)
 _CITATIONS = "citations"
 
 
-def _parts(content: Content) -> tuple[Part, ...]:
-    return (TextPart(text=content),) if isinstance(content, str) else content
-
-
-def _join(blocks: Iterable[Mapping[str, Any]]) -> bytes:
-    return b",".join([_dump(block) for block in blocks])
-
-
 def _text(text: str) -> bytes:
-    return _dump({"type": "text", "text": text})
+    return dump({"type": "text", "text": text})
 
 
 def _user(message: UserMessage) -> bytes:
-    return _join(_blocks(message.content))
+    return dump_all(_blocks(message.content))
 
 
 def _system(message: SystemMessage) -> bytes:
-    return _join(block for block in _blocks(message.content) if block["type"] == "text")
+    return dump_all(block for block in _blocks(message.content) if block["type"] == "text")
 
 
 def _late_system(message: SystemMessage) -> bytes:
@@ -444,7 +405,7 @@ def _late_system(message: SystemMessage) -> bytes:
 
 def _blocks(content: Content) -> Iterator[dict[str, Any]]:
     """Yield text and images; blank text, which is refused, is left out."""
-    for part in _parts(content):
+    for part in parts_of(content):
         if isinstance(part, ImagePart):
             yield _image(part)
         elif isinstance(part, TextPart) and part.text.strip():
@@ -452,19 +413,16 @@ def _blocks(content: Content) -> Iterator[dict[str, Any]]:
 
 
 def _image(part: ImagePart) -> dict[str, Any]:
-    kind, data = _source(part)
-    if data is None:
+    if (found := inline(part)) is None:
         return {"type": "image", "source": {"type": "url", "url": part.url}}
+    kind, data = _kind(found[0]), found[1]
     if kind not in _IMAGES:
-        return {"type": "text", "text": f"[an image of type {kind} was left out]"}
+        return {"type": "text", "text": NO_IMAGE}
     return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
 
 
-def _source(part: ImagePart) -> tuple[str, str | None]:
-    """Return an image's type and its data, if it is not a URL of elsewhere."""
-    inline = _DATA_URL.fullmatch(part.url or "")
-    kind, data = (inline[1], inline[2]) if inline else (part.media_type, part.data)
-    return kind.lower().replace("image/jpg", "image/jpeg"), data
+def _kind(media_type: str) -> str:
+    return media_type.lower().replace("image/jpg", "image/jpeg")
 
 
 def _result(message: ToolMessage, id: str) -> bytes:
@@ -476,43 +434,32 @@ def _result(message: ToolMessage, id: str) -> bytes:
         result["content"] = blocks
     if message.is_error:
         result["is_error"] = True
-    return _dump(result)
+    return dump(result)
 
 
-def _images_of_error(message: ToolMessage) -> bytes:
+def _images(message: ToolMessage) -> bytes:
     """Return what an error shows, to stand after the results."""
-    return _join(block for block in _blocks(message.content) if message.is_error and block["type"] == "image")
-
-
-def _orphan(message: ToolMessage) -> bytes:
-    told = f"Result of an earlier call of {message.name or 'a tool'}:"
-    return _join([{"type": "text", "text": told}, *_blocks(message.content)])
-
-
-def _unanswered(id: str) -> bytes:
-    text = "There is no result of this call: it was not made, or was interrupted."
-    content = [{"type": "text", "text": text}]
-    return _dump({"type": "tool_result", "tool_use_id": id, "content": content, "is_error": True})
+    return dump_all(map(_image, images_in(message.content)))
 
 
 def _assistant(message: AssistantMessage, ids: Sequence[str], provider: str) -> bytes:
     calls = [_call(call, id, provider) for call, id in zip(message.tool_calls, ids, strict=True)]
     blocks: list[dict[str, Any]] = []
     made = 0
-    for part in _parts(message.content):
-        if isinstance(part, ReasoningPart | ProviderPart) and part.after_calls > made:
+    for part in parts_of(message.content):
+        if not isinstance(part, ImagePart) and part.after_calls > made:
             blocks += calls[made : part.after_calls]
             made = part.after_calls
         _say(part, blocks, provider)
     blocks += calls[made:]
     if not blocks and message.refusal and message.refusal.strip():
         blocks.append({"type": "text", "text": message.refusal})
-    return _join(blocks)
+    return dump_all(blocks)
 
 
 def _say(part: Part, blocks: list[dict[str, Any]], provider: str) -> None:
     if isinstance(part, ImagePart):
-        blocks.append({"type": "text", "text": "[an image was left out]"})
+        blocks.append({"type": "text", "text": NO_IMAGE})
     elif isinstance(part, TextPart):
         blocks.extend(_blocks((part,)))
     elif isinstance(part, ProviderPart) and part.kind == _CITATIONS and part.provider == provider:
@@ -530,7 +477,7 @@ def _is_own(part: Part, provider: str) -> bool:
 
 
 def _call(call: ToolCall, id: str, provider: str) -> dict[str, Any]:
-    block: dict[str, Any] = {"type": "tool_use", "id": id, "name": _name(call), "input": _input(call)}
+    block: dict[str, Any] = {"type": "tool_use", "id": id, "name": _name(call), "input": arguments_of(call)}
     if call.provider == provider and "caller" in call.data:
         block["caller"] = call.data["caller"]
     return block
@@ -541,20 +488,9 @@ def _name(call: ToolCall) -> str:
     return _UNFIT.sub("_", call.name)[:128] or "tool"
 
 
-def _input(call: ToolCall) -> dict[str, Any]:
-    """Return arguments that are JSON; others are wrapped, or no later request would be accepted."""
-    if call.arguments is None:
-        return {"_invalid_json": call.raw or ""}
-    try:
-        json.dumps(call.arguments, allow_nan=False)
-    except ValueError:
-        return {"_invalid_json": json.dumps(call.arguments)}
-    return call.arguments
-
-
-def _facts(message: Message, provider: str) -> bytes:
-    """Return what the layout of turns depends on: a line of marks, then one for each thing that cannot be carried."""
-    parts = [part for part in _parts(message.content) if not (isinstance(part, TextPart) and not part.text.strip())]
+def _marks(message: Message, provider: str) -> bytes:
+    """Return what the layout of turns depends on."""
+    parts = [part for part in parts_of(message.content) if not (isinstance(part, TextPart) and not part.text.strip())]
     own = [part for part in parts if isinstance(part, ReasoningPart | ProviderPart) and _is_own(part, provider)]
     marks = b""
     if any(isinstance(part, ReasoningPart) for part in own):
@@ -563,31 +499,21 @@ def _facts(message: Message, provider: str) -> bytes:
         marks += _BEGINS
     if own and own[-1] is parts[-1] and isinstance(own[-1], ProviderPart) and own[-1].kind != _CITATIONS:
         marks += _PAUSES
-    notes = dict.fromkeys(note for part in parts if (note := _dropped(part, message, provider)))
-    return b"\n".join([marks, *(note.encode("utf-8", "replace").replace(b"\n", b" ") for note in notes)])
+    return marks
 
 
-def _dropped(part: Part, message: Message, provider: str) -> str | None:
-    """Say what of ``part`` this wire cannot carry."""
-    if isinstance(part, ImagePart):
-        return _dropped_image(part, message)
-    if isinstance(part, TextPart) or _is_own(part, provider):
-        return None
-    name = part.provider or "an unknown provider"
-    if isinstance(part, ReasoningPart):
-        return f"reasoning of {name} was left out: only that provider can read it"
-    return f"items of {name} were left out: only that provider can read them"
-
-
-def _dropped_image(part: ImagePart, message: Message) -> str | None:
-    if isinstance(message, AssistantMessage | SystemMessage):
-        return "images in answers and system messages were left out: this wire takes text there"
-    kind, data = _source(part)
-    if data is not None and kind not in _IMAGES:
-        return f"images of type {kind} were left out: this wire does not take them"
-    if isinstance(message, ToolMessage) and message.is_error:
-        return "images of failed tool calls were sent after their results: this wire takes text there"
-    return None
+def _notes(message: Message, provider: str) -> Iterator[str]:
+    """Yield what of a message does not get through."""
+    yield from left_out(message, provider, partial(_is_own, provider=provider))
+    images = images_in(message.content)
+    if images and isinstance(message, AssistantMessage | SystemMessage):
+        yield "images in answers and system messages were left out: this wire takes text there"
+        return
+    if images and isinstance(message, ToolMessage) and message.is_error:
+        yield "images of failed tool calls were sent after their results: this wire takes text there"
+    for image in images:
+        if (found := inline(image)) and (kind := _kind(found[0])) not in _IMAGES:
+            yield f"images of type {kind} were left out: this wire does not take them"
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
@@ -600,23 +526,6 @@ _FINISH: dict[str, Finish] = {
     "model_context_window_exceeded": "length",
     "refusal": "refusal",
 }
-
-
-def _json(body: bytes, deployment: str) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        what = "an HTML page" if body.lstrip()[:1] == b"<" else "broken JSON"
-        text = f"{deployment} answered 200 with {what}: {_excerpt(body)}; check base_url if this goes on"
-        raise ServerError(text, deployment=deployment, status=200) from None
-
-
-def _excerpt(body: bytes) -> str:
-    return re.sub(r"\s+", " ", body[:200].decode("utf-8", "replace"))
-
-
-def _is_error(payload: Any) -> bool:
-    return isinstance(payload, Mapping) and (payload.get("type") == "error" or bool(payload.get("error")))
 
 
 class _Ending:
@@ -675,7 +584,7 @@ def _message(blocks: Iterable[Mapping[str, Any]], provider: str) -> AssistantMes
         else:
             parts += _read_part(block, provider, len(calls))
     content: Content = tuple(parts)
-    if len(parts) < 2 and all(isinstance(part, TextPart) for part in parts):
+    if len(content) < 2 and all(isinstance(part, TextPart) and not part.after_calls for part in content):
         content = text_of(content)
     return AssistantMessage(content=content, tool_calls=tuple(calls))
 
@@ -696,7 +605,7 @@ def _read_part(block: Mapping[str, Any], provider: str, calls: int) -> Iterator[
     elif kind != "text":
         yield ProviderPart(kind=kind, text=_readable(block), provider=provider, data=data, after_calls=calls)
     elif text := block.get("text"):
-        yield TextPart(text=str(text))
+        yield TextPart(text=str(text), after_calls=calls)
         if citations := block.get(_CITATIONS):
             data = {"type": _CITATIONS, _CITATIONS: citations}
             yield ProviderPart(kind=_CITATIONS, provider=provider, data=data, after_calls=calls)
@@ -722,14 +631,14 @@ def _usage(raw: Mapping[str, Any]) -> Usage | None:
     """Return the usage; this wire counts what came out of its cache, or went in, apart from the input."""
     if raw.get("input_tokens") is None and raw.get("output_tokens") is None:
         return None
-    cached = int(raw.get("cache_read_input_tokens") or 0)
-    written = int(raw.get("cache_creation_input_tokens") or 0)
+    cached = count(raw.get("cache_read_input_tokens"))
+    written = count(raw.get("cache_creation_input_tokens"))
     return Usage(
-        input_tokens=int(raw.get("input_tokens") or 0) + cached + written,
-        output_tokens=int(raw.get("output_tokens") or 0),
+        input_tokens=count(raw.get("input_tokens")) + cached + written,
+        output_tokens=count(raw.get("output_tokens")),
         cached_tokens=cached,
         cache_write_tokens=written,
-        reasoning_tokens=int((raw.get("output_tokens_details") or {}).get("thinking_tokens") or 0),
+        reasoning_tokens=count((raw.get("output_tokens_details") or {}).get("thinking_tokens")),
     )
 
 
@@ -787,73 +696,42 @@ class _DraftBlock:
         return call.arguments if call.arguments is not None else {"_invalid_json": raw}
 
 
-class MessagesStream:
+class MessagesStream(AnswerStream):
     """Reads one streamed answer; see ``wire.Stream``."""
 
     def __init__(self, provider: str, deployment: str, table: tuple[Rule, ...] = TABLE) -> None:
-        self.done = False
+        super().__init__(deployment, table)
         self.progress = 0
         self._provider = provider
-        self._deployment = deployment
-        self._table = table
-        self._events = EventParser()
         self._blocks: dict[int, _DraftBlock] = {}
         self._ending = _Ending()
+        self._stopped = False
 
     @property
     def finished(self) -> bool:
         """Whether a ``stop_reason`` came."""
         return self._ending.reason is not None
 
-    def feed(self, piece: bytes) -> str:
-        """Take a piece of the stream and return the text that it adds."""
-        return "".join([self._event(event) for event in self._events.feed(piece)])
+    def _missing(self) -> str:
+        if not self._stopped:
+            return "message_stop"
+        return "" if self.finished else "a stop_reason"
 
-    def close(self) -> Answer:
-        """Return the answer at the end of the stream."""
-        if not self.done:
-            for event in self._events.close():
-                self._event(event)
-        if not self.done or not self.finished:
-            missing = "a stop_reason" if self.done else "message_stop"
-            raise self._broken(f"ended without {missing}, so its answer is not whole")
+    def _answer(self) -> Answer:
         blocks = [self._blocks[index].build() for index in sorted(self._blocks)]
-        try:
-            return self._ending.answer(blocks, self._provider)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise self._broken(f"carried a block that is no block ({type(error).__name__})") from None
+        return self._ending.answer(blocks, self._provider)
 
-    def _event(self, event: Event) -> str:
-        if self.done or event.data.strip() == "[DONE]":
-            return ""
-        data = self._data(event)
-        try:
-            return self._read(str(data.get("type") or event.name), data)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise self._broken(f"carried an event that is no event ({type(error).__name__})") from None
-
-    def _data(self, event: Event) -> Mapping[str, Any]:
-        try:
-            data = json.loads(event.data)
-        except (ValueError, RecursionError):
-            data = None
-        if event.name == "error" or _is_error(data):
-            raise self._error(data or event.data)
-        if not isinstance(data, Mapping):
-            raise self._broken(f"carried a malformed event: {event.data[:80]!r}")
-        return data
-
-    def _read(self, kind: str, data: Mapping[str, Any]) -> str:
+    def _read(self, kind: str, chunk: Mapping[str, Any]) -> str:
         if kind == "content_block_delta":
-            return self._grow(self._blocks[data["index"]], data["delta"])
+            return self._grow(self._blocks[chunk["index"]], chunk["delta"])
         if kind == "content_block_start":
-            return self._begin(data["index"], data["content_block"])
+            return self._begin(chunk["index"], chunk["content_block"])
         if kind == "message_start":
-            self._ending.add(data["message"], data["message"].get("usage"))
+            self._ending.add(chunk["message"], chunk["message"].get("usage"))
         elif kind == "message_delta":
-            self._ending.add(data["delta"], data.get("usage"))
+            self._ending.add(chunk["delta"], chunk.get("usage"))
         elif kind == "message_stop":
-            self.done = True
+            self.done = self._stopped = True
         return ""
 
     def _begin(self, index: int, block: Mapping[str, Any]) -> str:
@@ -867,9 +745,3 @@ class MessagesStream:
     def _grow(self, block: _DraftBlock, delta: Mapping[str, Any]) -> str:
         self.progress += block.add(delta)
         return str(delta.get("text") or "") if delta["type"] == "text_delta" else ""
-
-    def _error(self, body: Any) -> ModelError:
-        return classify(200, body, deployment=self._deployment, table=self._table)
-
-    def _broken(self, what: str) -> StreamBroken:
-        return StreamBroken(f"the stream of {self._deployment} {what}", deployment=self._deployment, status=200)

@@ -15,11 +15,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from ridethrough.runtime.config import nearest
 from ridethrough.runtime.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class Effort(NamedTuple):
@@ -287,9 +289,13 @@ def quirks_of(base_url: str, dialect: str | None = None) -> Quirks:
         if dialect.lower() not in DIALECTS:
             raise ConfigError(f"there is no dialect '{dialect}'{nearest(dialect.lower(), DIALECTS)}")
         return DIALECTS[dialect.lower()]
-    parts = urlsplit(base_url)
-    host = parts.hostname or ""
-    name = next((name for end, name in _HOSTS.items() if host == end or host.endswith("." + end)), None)
-    if name is None and parts.netloc.endswith(_OLLAMA_PORT):
+    name = of_host(base_url, _HOSTS)
+    if name is None and urlsplit(base_url).netloc.endswith(_OLLAMA_PORT):
         name = "ollama"
     return DIALECTS[name] if name else Quirks()
+
+
+def of_host(base_url: str, known: Mapping[str, T]) -> T | None:
+    """Return what is ``known`` of a URL's host, by its name or the end of it."""
+    host = urlsplit(base_url).hostname or ""
+    return next((value for end, value in known.items() if host == end or host.endswith("." + end)), None)

@@ -16,13 +16,12 @@ import hashlib
 import json
 import mimetypes
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
 from ridethrough.runtime.router.errors import TABLE, Rule, classify
 from ridethrough.runtime.router.messages import (
     AssistantMessage,
@@ -40,10 +39,26 @@ from ridethrough.runtime.router.messages import (
     ToolMessage,
     ToolSpec,
     Usage,
+    UserMessage,
     parse_call,
     text_of,
 )
+from ridethrough.runtime.router.providers import bodies
+from ridethrough.runtime.router.providers.bodies import count, dump, dump_all
+from ridethrough.runtime.router.providers.history import (
+    ANSWER_FIRST,
+    EMPTY,
+    UNREPLIED,
+    Filler,
+    History,
+    Turn,
+    left_out,
+    noted,
+)
+from ridethrough.runtime.router.providers.parts import arguments_of, images_in, inline, parts_of
 from ridethrough.runtime.router.providers.sse import Event, EventParser
+from ridethrough.runtime.router.providers.streams import AnswerStream
+from ridethrough.runtime.router.providers.structured import in_words
 from ridethrough.runtime.router.providers.wire import Answer, Rendered
 
 
@@ -101,37 +116,34 @@ class GeminiGenerate:
     def render(self, request: ModelRequest, model: str, *, stream: bool) -> Rendered:
         """Write ``request`` as a body of ``generateContent``."""
         writer = _Writer(self.provider, traits_of(model))
-        contents, notes = writer.contents(request.messages), list(writer.notes)
+        contents = writer.contents(request.messages)
         fields = [b'"contents":[' + contents + b"]"]
         if system := _instructions(request, writer.traits):
             fields.append(b'"systemInstruction":{"parts":[' + system + b"]}")
         if request.tools:
             tools = b",".join([tool.rendered("gemini", _tool) for tool in request.tools])
             fields.append(b'"tools":[{"functionDeclarations":[' + tools + b"]}]")
-            fields.append(b'"toolConfig":' + _dump(_tool_config(request.tool_choice)))
+            fields.append(b'"toolConfig":' + dump(_tool_config(request.tool_choice)))
         config, more = _config(request, writer.traits, model)
-        fields.append(b'"generationConfig":' + _dump(config))
-        notes += [*more, *_dropped(request.messages, self.provider)]
-        headers = {"content-type": "application/json", "accept": "text/event-stream" if stream else "application/json"}
-        return Rendered(_path(model, stream), b"{" + b",".join(fields) + b"}", headers, tuple(notes))
+        fields.append(b'"generationConfig":' + dump(config))
+        body = b"{" + b",".join(fields) + b"}"
+        return Rendered(_path(model, stream), body, bodies.headers(stream=stream), (*writer.notes, *more))
 
     def parse(self, body: bytes, deployment: str) -> Answer:
         """Read a body that came with status 200; an array of chunks is read too."""
-        payload = _json(body, deployment)
-        draft = _Draft(self.provider)
-        try:
-            for chunk in payload if isinstance(payload, list) else [payload]:
-                if refusal := _refusal_in(chunk):
-                    raise classify(200, refusal, deployment=deployment, table=self._table)
-                draft.read(chunk)
-            return draft.answer()
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            text = f"{deployment} sent no answer in its answer ({type(error).__name__}: {error}): {_excerpt(body)}"
-            raise ServerError(text, deployment=deployment, status=200) from None
+        return bodies.read_answer(body, deployment, self._table, _refusal_in, partial(self._whole, deployment))
 
     def stream(self, deployment: str) -> GenerateStream:
         """Return a reader for one streamed answer."""
         return GenerateStream(self.provider, deployment, self._table)
+
+    def _whole(self, deployment: str, payload: Any) -> Answer:
+        draft = _Draft(self.provider)
+        for chunk in payload if isinstance(payload, list) else [payload]:
+            if refusal := _refusal_in(chunk):
+                raise classify(200, refusal, deployment=deployment, table=self._table)
+            draft.read(chunk)
+        return draft.answer()
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -141,14 +153,6 @@ _NO_SIGNATURE = "skip_thought_signature_validator"
 """What the documentation tells to send with a tool call that another model made."""
 _AFTERWARDS = ("groundingMetadata", "citationMetadata", "urlContextMetadata")
 """What the provider says about an answer; unlike the answer's parts it does not go back."""
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-def _dump_all(values: Iterable[Any]) -> bytes:
-    return b",".join([_dump(value) for value in values])
 
 
 def _path(model: str, stream: bool) -> str:
@@ -162,7 +166,7 @@ def _path(model: str, stream: bool) -> str:
 
 def _tool(tool: ToolSpec) -> bytes:
     schema = _schema(tool.parameters)
-    return _dump({"name": tool.name, "description": tool.description, "parametersJsonSchema": schema})
+    return dump({"name": tool.name, "description": tool.description, "parametersJsonSchema": schema})
 
 
 def _tool_config(choice: str) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def _schema(schema: Any) -> Any:
     return written
 
 
-def _in_words(request: ModelRequest, traits: Traits) -> bool:
+def _schema_in_words(request: ModelRequest, traits: Traits) -> bool:
     """Whether the output schema has to be asked for in words: older models take no schema beside tools."""
     return request.output_schema is not None and bool(request.tools) and not traits.modern
 
@@ -200,20 +204,20 @@ def _in_words(request: ModelRequest, traits: Traits) -> bool:
 def _instructions(request: ModelRequest, traits: Traits) -> bytes:
     systems = [message for message in request.messages if isinstance(message, SystemMessage)]
     parts = [part for message in systems if (part := message.rendered("gemini/system", _system))]
-    if _in_words(request, traits):
-        words = "When you need no more tools, answer with nothing but JSON that matches this JSON Schema:"
-        parts.append(_dump({"text": f"{words}\n{json.dumps(request.output_schema, ensure_ascii=False)}"}))
+    if _schema_in_words(request, traits):
+        assert request.output_schema is not None
+        parts.append(dump({"text": in_words(request.output_schema, tools=True)}))
     return b",".join(parts)
 
 
 def _system(message: SystemMessage) -> bytes:
-    return _dump({"text": message.text}) if message.text else b""
+    return dump({"text": message.text}) if message.text else b""
 
 
 def _config(request: ModelRequest, traits: Traits, model: str) -> tuple[dict[str, Any], list[str]]:
     config: dict[str, Any] = {}
     notes: list[str] = []
-    if _in_words(request, traits):
+    if _schema_in_words(request, traits):
         notes.append(f"{model} takes no output schema beside tools, so it was asked for in words")
     elif request.output_schema is not None:
         config |= {"responseMimeType": "application/json", "responseJsonSchema": _schema(request.output_schema)}
@@ -261,159 +265,114 @@ class _Writer:
 
     def __init__(self, provider: str, traits: Traits) -> None:
         self.traits = traits
-        self.notes: dict[str, None] = {}
+        self.notes: list[str] = []
         self._provider = provider
         self._key = f"gemini/{provider}/{'modern' if traits.modern else 'older'}"
-        self._results_of: dict[str, tuple[str, Callable[[ToolMessage], bytes]]] = {}
 
-    def contents(self, messages: Iterable[Message]) -> bytes:
+    def contents(self, messages: Sequence[Message]) -> bytes:
         """Return the turns of ``messages``, such that the provider takes them."""
-        turns: list[tuple[str, bytes]] = []
-        for answer, followers in _answers(messages):
-            if answer is not None:
-                turns.append(("model", answer.rendered(self._key, self._assistant)))
-                followers = self._results(answer.tool_calls, followers, turns)
-            turns += [("user", self._user(message)) for message in followers]
-        turns = [turn for turn in turns if turn[1]]
+        history = History(messages, str)
+        turns = [each for turn in history.turns for each in self._turn(turn) if each[1]]
         if not turns or turns[0][0] == "model":
-            turns.insert(0, ("user", _dump({"text": "Begin."})))
+            turns.insert(0, ("user", _said(history, ANSWER_FIRST if turns else EMPTY)))
         if turns[-1][0] == "model":
-            turns.append(("user", _dump({"text": "Continue."})))
-            self.notes["the conversation ended with the model's own words, so it was asked to continue"] = None
+            turns.append(("user", _said(history, UNREPLIED)))
+        notes = noted(messages, f"notes\0{self._key}", self._notes)
+        self.notes = [*notes, *_late_instructions(messages), *history.notes]
         return b",".join([_HEADS[role] + parts + b"]}" for role, parts in turns])
 
-    def _results(
-        self, calls: Sequence[ToolCall], followers: Sequence[Message], turns: list[tuple[str, bytes]]
-    ) -> list[Message]:
-        """Write the results of ``calls`` as one turn, one for each call and in their order, and return the rest."""
-        found, rest = _matched(calls, followers)
-        if not calls:
-            return rest
-        pairs = list(zip(calls, found, strict=True))
-        turns.append(("user", b",".join([self._result(call, message) for call, message in pairs])))
-        moved = [parts for call, message in pairs if message and (parts := self._moved(call.name, message))]
-        if moved:
-            turns.append(("user", b",".join(moved)))
-            self.notes["images in tool results were sent behind the results: they have no place inside"] = None
-        return rest
+    def _turn(self, turn: Turn) -> Iterator[tuple[str, bytes]]:
+        """Yield an answer, the results of its calls as one turn in their order, and what follows."""
+        if turn.answer is not None:
+            yield "model", turn.answer.rendered(turn.key(self._key), partial(self._answer, ids=turn.ids))
+        if turn.results:
+            yield from self._results(turn)
+        for message in turn.others:
+            if isinstance(message, UserMessage):
+                yield "user", message.rendered(self._key, _user)
 
-    def _result(self, call: ToolCall, message: ToolMessage | None) -> bytes:
-        if message is None:
-            self.notes["tool calls without a result were sent with an error as their result"] = None
-            response = {"error": "no result was recorded"}
-            return _dump({"functionResponse": {"id": call.id, "name": call.name, "response": response}})
-        if (known := self._results_of.get(call.name)) is None:
-            known = f"{self._key}/{call.name}", partial(_result, call.name, self.traits.modern)
-            self._results_of[call.name] = known
-        return message.rendered(*known)
+    def _results(self, turn: Turn) -> Iterator[tuple[str, bytes]]:
+        assert turn.answer is not None
+        written: list[bytes] = []
+        moved: list[bytes] = []
+        for call, result, id in zip(turn.answer.tool_calls, turn.results, turn.ids, strict=True):
+            key = f"{self._key}\0{id}\0{call.name}"
+            written.append(result.rendered(key, partial(self._result, name=call.name, id=id)))
+            if images_in(result.content):
+                moved.append(result.rendered(f"images\0{key}", partial(self._moved, name=call.name, id=id)))
+        yield "user", b",".join(written)
+        yield "user", b",".join([parts for parts in moved if parts])
 
-    def _moved(self, name: str, message: ToolMessage) -> bytes:
-        if isinstance(message.content, str):
-            return b""
-        return message.rendered(f"{self._key}/{name}/images", partial(_moved, name, self.traits.modern))
+    def _answer(self, message: AssistantMessage, ids: Sequence[str]) -> bytes:
+        return dump_all(_model_parts(message, ids, self._provider, self.traits.modern))
 
-    def _user(self, message: Message) -> bytes:
-        if isinstance(message, ToolMessage):
-            self.notes["tool results without their call were sent as text"] = None
-            return message.rendered(f"{self._key}/orphan", _orphan)
-        return message.rendered(self._key, lambda each: _dump_all(_parts(each.content)))
+    def _result(self, message: ToolMessage, name: str, id: str) -> bytes:
+        text, images = message.text, images_in(message.content)
+        native = [_part(image) for image in images if self._has_place(image)]
+        if len(native) < len(images):
+            text += "\n[its images follow]"
+        result: dict[str, Any] = {"id": id, "name": name, "response": {"error" if message.is_error else "output": text}}
+        if native:
+            result["parts"] = native
+        return dump({"functionResponse": result})
 
-    def _assistant(self, message: AssistantMessage) -> bytes:
-        return _dump_all(_model_parts(message, self._provider, self.traits.modern))
+    def _moved(self, message: ToolMessage, name: str, id: str) -> bytes:
+        images = [_part(image) for image in images_in(message.content) if not self._has_place(image)]
+        return dump_all([{"text": f"Images of the result of {name} ({id}):"}, *images]) if images else b""
+
+    def _has_place(self, image: ImagePart) -> bool:
+        """Whether an image can be sent inside of a tool's result."""
+        return self.traits.modern and inline(image) is not None
+
+    def _notes(self, message: Message) -> Iterator[str]:
+        """Yield what of a message does not get through, or not in its place."""
+        yield from left_out(message, self._provider, self._is_own)
+        images = images_in(message.content)
+        if images and isinstance(message, SystemMessage):
+            yield "images in instructions were left out: this wire takes text there"
+        if isinstance(message, ToolMessage) and not all(map(self._has_place, images)):
+            yield "images in tool results were sent behind the results: they have no place inside"
+
+    def _is_own(self, part: ReasoningPart | ProviderPart) -> bool:
+        return part.provider == self._provider
 
 
-def _answers(messages: Iterable[Message]) -> Iterator[tuple[AssistantMessage | None, list[Message]]]:
-    """Split a conversation: each answer of a model with the messages that follow it, instructions left out."""
-    answer: AssistantMessage | None = None
-    followers: list[Message] = []
+def _said(history: History, filler: Filler) -> bytes:
+    return dump({"text": history.fill(filler)})
+
+
+def _user(message: UserMessage) -> bytes:
+    return dump_all(_parts(message.content))
+
+
+def _late_instructions(messages: Iterable[Message]) -> Iterator[str]:
+    begun = False
     for message in messages:
-        if isinstance(message, AssistantMessage):
-            yield answer, followers
-            answer, followers = message, []
-        elif not isinstance(message, SystemMessage):
-            followers.append(message)
-    yield answer, followers
-
-
-def _matched(calls: Sequence[ToolCall], followers: Sequence[Message]) -> tuple[list[ToolMessage | None], list[Message]]:
-    """Find the result of each call; the rest are messages of other kinds and results of no call."""
-    first = [message for message in followers[: len(calls)] if isinstance(message, ToolMessage)]
-    if [message.tool_call_id for message in first] == [call.id for call in calls]:
-        return [*first], list(followers[len(calls) :])  # as nearly always
-    found: list[ToolMessage | None] = [None] * len(calls)
-    waiting: dict[str, list[int]] = {}
-    for place, call in enumerate(calls):
-        waiting.setdefault(call.id, []).append(place)
-    rest: list[Message] = []
-    for message in followers:
-        if isinstance(message, ToolMessage) and (places := waiting.get(message.tool_call_id)):
-            found[places.pop(0)] = message
-        else:
-            rest.append(message)
-    return found, rest
+        if not isinstance(message, SystemMessage):
+            begun = True
+        elif begun:
+            yield "instructions in mid-conversation were sent before it: this wire has them only there"
+            return
 
 
 def _parts(content: Content) -> list[dict[str, Any]]:
     """Write text and images; empty text is left out, since Vertex AI refuses it."""
-    if isinstance(content, str):
-        return [{"text": content}] if content else []
-    return [
-        _part(part) for part in content if isinstance(part, ImagePart) or (isinstance(part, TextPart) and part.text)
-    ]
+    said = [part for part in parts_of(content) if isinstance(part, TextPart | ImagePart)]
+    return [_part(part) for part in said if isinstance(part, ImagePart) or part.text]
 
 
 def _part(part: TextPart | ImagePart) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"text": part.text}
-    if inline := _inline(part):
-        return {"inlineData": inline}
+    if found := inline(part):
+        return {"inlineData": {"mimeType": found[0], "data": found[1]}}
     guessed, _ = mimetypes.guess_type(urlsplit(part.url or "").path)
     return {"fileData": {"mimeType": guessed or part.media_type, "fileUri": part.url}}
 
 
-_DATA_URL = re.compile(r"data:([^;,]+);base64,(.*)", re.S)
-
-
-def _inline(part: ImagePart) -> dict[str, str] | None:
-    """Return the image's own bytes, ``None`` when only its address is known."""
-    if part.data is not None:
-        return {"mimeType": part.media_type, "data": part.data}
-    found = _DATA_URL.fullmatch(part.url or "")
-    return {"mimeType": found[1], "data": found[2]} if found else None
-
-
-def _images(message: ToolMessage) -> list[ImagePart]:
-    content = () if isinstance(message.content, str) else message.content
-    return [part for part in content if isinstance(part, ImagePart)]
-
-
-def _result(name: str, modern: bool, message: ToolMessage) -> bytes:
-    text = message.text
-    images = _images(message)
-    native = [{"inlineData": inline} for image in images if modern and (inline := _inline(image))]
-    if len(native) < len(images):
-        text += "\n[its images follow]"
-    result: dict[str, Any] = {"id": message.tool_call_id, "name": name}
-    result["response"] = {"error" if message.is_error else "output": text}
-    if native:
-        result["parts"] = native
-    return _dump({"functionResponse": result})
-
-
-def _moved(name: str, modern: bool, message: ToolMessage) -> bytes:
-    images = [_part(image) for image in _images(message) if not (modern and _inline(image))]
-    label = {"text": f"Images of the result of {name} ({message.tool_call_id}):"}
-    return _dump_all([label, *images]) if images else b""
-
-
-def _orphan(message: ToolMessage) -> bytes:
-    said = f"Result of {message.name or 'a tool'} ({message.tool_call_id}), whose call is no longer known:"
-    return _dump_all([{"text": f"{said}\n{message.text}"}, *map(_part, _images(message))])
-
-
-def _model_parts(message: AssistantMessage, provider: str, modern: bool) -> list[dict[str, Any]]:
+def _model_parts(message: AssistantMessage, ids: Sequence[str], provider: str, modern: bool) -> list[dict[str, Any]]:
     """Write an answer's parts in the order in which they came: thoughts may lie between two tool calls."""
-    calls = [_call(call, provider) for call in message.tool_calls]
+    calls = [_call(call, id, provider) for call, id in zip(message.tool_calls, ids, strict=True)]
     if modern and calls:
         calls[0].setdefault(_SIGNATURE, _NO_SIGNATURE)
     before: list[list[dict[str, Any]]] = [[] for _ in range(len(calls) + 1)]
@@ -427,8 +386,9 @@ def _placed(message: AssistantMessage, provider: str) -> Iterator[tuple[int, dic
     """Yield the parts that are no tool calls, each with the number of calls before it."""
     place, signature = 0, ""
     content = message.content or message.refusal or ""
-    for part in (TextPart(text=content),) if isinstance(content, str) else content:
+    for part in parts_of(content):
         if isinstance(part, TextPart | ImagePart):
+            place = max(place, part.after_calls) if isinstance(part, TextPart) else place
             if written := _parts((part,)):
                 yield place, {**written[0], **({_SIGNATURE: signature} if signature else {})}
                 signature = ""
@@ -451,48 +411,11 @@ def _returned(part: ReasoningPart | ProviderPart) -> dict[str, Any]:
     return part.data if "thought" in part.data or _SIGNATURE in part.data else {}
 
 
-def _call(call: ToolCall, provider: str) -> dict[str, Any]:
-    """Write a call; broken arguments are wrapped, since the wire has only objects."""
-    arguments: Any = call.arguments if call.arguments is not None else {"_invalid_json": call.raw or ""}
-    part: dict[str, Any] = {"functionCall": {"id": call.id, "name": call.name, "args": arguments}}
+def _call(call: ToolCall, id: str, provider: str) -> dict[str, Any]:
+    part: dict[str, Any] = {"functionCall": {"id": id, "name": call.name, "args": arguments_of(call)}}
     if call.provider == provider and _SIGNATURE in call.data:
         part[_SIGNATURE] = call.data[_SIGNATURE]
     return part
-
-
-def _dropped(messages: Iterable[Message], provider: str) -> Iterable[str]:
-    """Say what of the conversation this wire cannot carry."""
-    key, find = f"gemini/{provider}/dropped", partial(_dropped_of, provider)
-    told: dict[str, None] = {}
-    begun = False
-    for message in messages:
-        if message.role != "system":
-            begun = True
-        elif begun:
-            told["instructions in mid-conversation were sent before it: this wire has them only there"] = None
-        if lines := message.rendered(key, find):
-            told |= dict.fromkeys(lines.decode().splitlines())
-    return told
-
-
-def _dropped_of(provider: str, message: Message) -> bytes:
-    """Return a line for each kind of thing in ``message`` that is left out."""
-    parts = () if isinstance(message.content, str) else message.content
-    calls = message.tool_calls if isinstance(message, AssistantMessage) else ()
-    thoughts = {part.provider for part in parts if isinstance(part, ReasoningPart)}
-    thoughts |= {call.provider for call in calls if _SIGNATURE in call.data}
-    items = {part.provider for part in parts if isinstance(part, ProviderPart)}
-    lines = [
-        f"reasoning of {name or 'an unknown provider'} was left out: only that provider can read it"
-        for name in sorted(thoughts - {provider})
-    ]
-    lines += [
-        f"items of {name or 'an unknown provider'} were left out: only that provider can read them"
-        for name in sorted(items - {provider})
-    ]
-    if isinstance(message, SystemMessage) and any(isinstance(part, ImagePart) for part in parts):
-        lines.append("images in instructions were left out: this wire takes text there")
-    return "\n".join(lines).encode()
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
@@ -515,34 +438,14 @@ _NUMBERS = {1: "STOP", 2: "MAX_TOKENS", 3: "SAFETY", 4: "RECITATION", 5: "OTHER"
 _NO_REASON = (None, "", 0, "FINISH_REASON_UNSPECIFIED", "BLOCK_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED")
 
 
-def _json(body: bytes, deployment: str) -> Any:
-    try:
-        return _unwrapped(json.loads(body))
-    except (ValueError, RecursionError):
-        what = "an HTML page" if body.lstrip()[:1] == b"<" else "broken JSON"
-        text = f"{deployment} answered 200 with {what}: {_excerpt(body)}; check base_url if this goes on"
-        raise ServerError(text, deployment=deployment, status=200) from None
-
-
-def _unwrapped(payload: Any) -> Any:
-    """Undo what proxies do to errors: JSON inside a string."""
-    if isinstance(payload, str) and payload.lstrip()[:1] in ("{", "["):
-        return json.loads(payload)
-    return payload
-
-
-def _excerpt(body: bytes) -> str:
-    return re.sub(r"\s+", " ", body[:200].decode("utf-8", "replace"))
-
-
 def _refusal_in(chunk: Any) -> Any:
     """Return what says that a body or chunk with status 200 is an error or a blocked prompt, else ``None``."""
+    if found := bodies.error_in(chunk):
+        return found
     if isinstance(chunk, list) and chunk:
         chunk = chunk[0]
     if not isinstance(chunk, Mapping):
         return None
-    if chunk.get("error"):
-        return chunk
     feedback = chunk.get("promptFeedback")
     reason = feedback.get("blockReason") if isinstance(feedback, Mapping) else None
     if chunk.get("candidates") or reason in _NO_REASON:
@@ -559,11 +462,11 @@ def _reason(value: Any) -> str:
 def _usage(raw: Mapping[str, Any]) -> Usage | None:
     if raw.get("promptTokenCount") is None and raw.get("totalTokenCount") is None:
         return None
-    thoughts = int(raw.get("thoughtsTokenCount") or 0)
+    thoughts = count(raw.get("thoughtsTokenCount"))
     return Usage(
-        input_tokens=int(raw.get("promptTokenCount") or 0) + int(raw.get("toolUsePromptTokenCount") or 0),
-        output_tokens=int(raw.get("candidatesTokenCount") or 0) + thoughts,
-        cached_tokens=int(raw.get("cachedContentTokenCount") or 0),
+        input_tokens=count(raw.get("promptTokenCount")) + count(raw.get("toolUsePromptTokenCount")),
+        output_tokens=count(raw.get("candidatesTokenCount")) + thoughts,
+        cached_tokens=count(raw.get("cachedContentTokenCount")),
         reasoning_tokens=thoughts,
     )
 
@@ -595,7 +498,7 @@ class _Run:
             data = data if text else {"text": "", **data}
             yield ReasoningPart(provider=provider, data=data, after_calls=self.after_calls)
         if text:
-            yield TextPart(text=text)
+            yield TextPart(text=text, after_calls=self.after_calls)
 
 
 class _Draft:
@@ -705,7 +608,7 @@ class _Draft:
             parts.append(
                 ProviderPart(kind=kind, provider=self._provider, data={kind: value}, after_calls=len(self._calls))
             )
-        if all(isinstance(part, TextPart) for part in parts):
+        if all(isinstance(part, TextPart) and not part.after_calls for part in parts):
             return text_of(tuple(parts))
         return tuple(parts)
 
@@ -799,7 +702,7 @@ class _Objects:
         return False
 
 
-class GenerateStream:
+class GenerateStream(AnswerStream):
     """Reads one streamed answer; see ``wire.Stream``.
 
     Events are asked for, but servers and proxies that ignore ``alt=sse`` send a JSON array, which is read too. Only the
@@ -807,10 +710,8 @@ class GenerateStream:
     """
 
     def __init__(self, provider: str, deployment: str, table: tuple[Rule, ...] = TABLE) -> None:
-        self.done = False
-        self._deployment = deployment
-        self._table = table
-        self._chunks: EventParser | _Objects | None = None
+        super().__init__(deployment, table)
+        self._begun = False
         self._draft = _Draft(provider)
 
     @property
@@ -825,52 +726,24 @@ class GenerateStream:
 
     def feed(self, piece: bytes) -> str:
         """Take a piece of the stream and return the text that it adds."""
-        if self._chunks is None:
+        if not self._begun:
             piece = piece.lstrip(b" \t\r\n\xef\xbb\xbf")
             if not piece:
                 return ""
-            self._chunks = _Objects() if piece[:1] in (b"[", b"{") else EventParser()
-        text = "".join([self._event(event) for event in self._chunks.feed(piece)])
-        self.done = self.done or (isinstance(self._chunks, _Objects) and self._chunks.done)
+            self._begun = True
+            self._events = _Objects() if piece[:1] in (b"[", b"{") else EventParser()
+        text = super().feed(piece)
+        self.done = self.done or (isinstance(self._events, _Objects) and self._events.done)
         return text
 
-    def close(self) -> Answer:
-        """Return the answer at the end of the stream."""
-        if not self.done and self._chunks is not None:
-            for event in self._chunks.close():
-                self._event(event)
-        if not self._draft.finish:
-            raise self._broken("ended without a finishReason, so its answer is not whole")
-        try:
-            return self._draft.answer()
-        except ValueError as error:
-            raise self._broken(f"carried no answer: {error}") from None
+    def _read(self, kind: str, chunk: Mapping[str, Any]) -> str:
+        return self._draft.read(chunk)
 
-    def _event(self, event: Event) -> str:
-        if self.done:
-            return ""
-        if event.data.strip() == "[DONE]":  # not of this wire, but of proxies in front of it
-            self.done = True
-            return ""
-        chunk = self._chunk(event)
-        try:
-            return self._draft.read(chunk)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise self._broken(f"carried a chunk that is no chunk ({type(error).__name__})") from None
+    def _missing(self) -> str:
+        return "" if self._draft.finish else "a finishReason"
 
-    def _chunk(self, event: Event) -> Mapping[str, Any]:
-        try:
-            chunk = _unwrapped(json.loads(event.data))
-        except (ValueError, RecursionError):
-            chunk = None
-        if event.name == "error" or _refusal_in(chunk):
-            raise self._error(_refusal_in(chunk) or chunk or event.data)
-        if not isinstance(chunk, Mapping):
-            raise self._broken(f"carried a malformed chunk: {event.data[:80]!r}")
-        return chunk
+    def _answer(self) -> Answer:
+        return self._draft.answer()
 
-    def _error(self, body: Any) -> ModelError:
-        return classify(200, body, deployment=self._deployment, table=self._table)
-
-    def _broken(self, what: str) -> StreamBroken:
-        return StreamBroken(f"the stream of {self._deployment} {what}", deployment=self._deployment, status=200)
+    def _error_in(self, chunk: Any) -> Any:
+        return _refusal_in(chunk)

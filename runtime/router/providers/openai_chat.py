@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
+from ridethrough.runtime.errors import ModelError
 from ridethrough.runtime.router.errors import TABLE, Rule, classify
 from ridethrough.runtime.router.messages import (
     AssistantMessage,
@@ -36,12 +35,24 @@ from ridethrough.runtime.router.messages import (
     Usage,
     UserMessage,
     parse_call,
-    text_of,
 )
+from ridethrough.runtime.router.providers import bodies
+from ridethrough.runtime.router.providers.bodies import count, dump
 from ridethrough.runtime.router.providers.dialects import DIALECTS as DIALECTS
 from ridethrough.runtime.router.providers.dialects import Quirks as Quirks
 from ridethrough.runtime.router.providers.dialects import quirks_of as quirks_of
-from ridethrough.runtime.router.providers.sse import Event, EventParser
+from ridethrough.runtime.router.providers.history import History, Turn, left_out, noted
+from ridethrough.runtime.router.providers.parts import (
+    NO_IMAGE,
+    arguments_of,
+    image_at,
+    images_in,
+    inline,
+    result_text,
+    url_of,
+)
+from ridethrough.runtime.router.providers.streams import AnswerStream
+from ridethrough.runtime.router.providers.structured import in_words, named_schema
 from ridethrough.runtime.router.providers.wire import Answer, Rendered
 
 
@@ -72,34 +83,31 @@ class OpenAIChat:
         """Write ``request`` as a body of ``/chat/completions``."""
         if (writer := self._writers.get(model)) is None:
             writer = self._writers[model] = _Writer(self.provider, self._quirks.of(model))
-        headers = {"content-type": "application/json", "accept": "text/event-stream" if stream else "application/json"}
         body, notes = writer.body(request, model, stream)
-        return Rendered("chat/completions", body, headers, tuple(notes))
+        return Rendered("chat/completions", body, bodies.headers(stream=stream), tuple(notes))
 
     def parse(self, body: bytes, deployment: str) -> Answer:
         """Read a body that came with status 200."""
-        payload = _json(body, deployment)
-        if error := _error_in(payload):
-            raise classify(200, error, deployment=deployment, table=self._table)
-        try:
-            answer = _whole(payload, self.provider)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            text = f"{deployment} sent no answer in its answer ({type(error).__name__}): {_excerpt(body)}"
-            raise ServerError(text, deployment=deployment, status=200) from None
-        if isinstance(answer, str):
-            raise classify(200, _given_up(answer), deployment=deployment, table=self._table)
-        return answer
+        return bodies.read_answer(body, deployment, self._table, _error_in, partial(self._whole, deployment))
 
     def stream(self, deployment: str) -> ChatStream:
         """Return a reader for one streamed answer."""
         return ChatStream(self.provider, deployment, self._table)
 
+    def _whole(self, deployment: str, payload: Any) -> Answer:
+        choice = payload["choices"][0]
+        finish = choice.get("finish_reason")
+        if finish in _GAVE_UP:
+            raise classify(200, _given_up(finish), deployment=deployment, table=self._table)
+        draft = _Draft(self.provider)
+        if finish != "content_filter":
+            draft.add(choice["message"])
+        elif message := choice.get("message"):  # a filtered answer may have none
+            draft.add(message)
+        return draft.answer(finish, _usage(payload), str(payload.get("model") or ""))
+
 
 # --- requests -------------------------------------------------------------------------------------------------------
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class _Asked(NamedTuple):
@@ -118,21 +126,18 @@ class _Writer:
         self._quirks = quirks
         plain = quirks.of_messages == Quirks().of_messages
         self._key = f"openai-chat/{provider}" + ("" if plain else f"/{quirks.of_messages}")
-        self._images_key = f"{self._key}/images"
 
-    def body(self, request: ModelRequest, model: str, stream: bool) -> tuple[bytes, Iterator[str]]:
+    def body(self, request: ModelRequest, model: str, stream: bool) -> tuple[bytes, Iterable[str]]:
         """Return the body, and what it leaves out of the request."""
         asked = self._asked(request, stream)
         head, notes = self._head(request, model, stream, asked)
         messages = self._with_words(request.messages, asked.words)
-        turns = _Turns(self._quirks)
-        for message in messages:
-            self._lay(message, turns)
-        turns.close()
-        body = _dump(head)[:-1] + b',"messages":[' + b",".join(turns.pieces) + b"]"
+        history = History(messages, self._id)
+        pieces = [piece for turn in history.turns for piece in self._turn(turn)]
+        body = dump(head)[:-1] + b',"messages":[' + b",".join(pieces) + b"]"
         if tools := self._tools(request):
-            body += b',"tools":[' + b",".join(tool.rendered("openai-chat", _tool) for tool in tools) + b"]"
-        return body + b"}", self._notes(messages, (*notes, *turns.notes))
+            body += b',"tools":[' + b",".join([tool.rendered("openai-chat", _tool) for tool in tools]) + b"]"
+        return body + b"}", [*notes, *history.notes, *noted(messages, f"notes\0{self._key}", self._notes)]
 
     # The head: everything but messages and tools.
 
@@ -193,11 +198,11 @@ class _Writer:
         if self._quirks.schema_alone and (request.tools or stream):
             way = "instructions"
         if way == "json_schema":
-            return _Asked(_response_format(schema, strict=self._quirks.strict and _is_strict(schema)))
+            named = named_schema(schema, strict=self._quirks.strict)
+            return _Asked({"type": "json_schema", "json_schema": named})
         note = "the output schema went into the instructions: this server cannot enforce it here"
-        words = "Answer with one JSON object that matches this JSON Schema, and with nothing else:\n"
-        words += json.dumps(schema, ensure_ascii=False)
-        return _Asked({"type": "json_object"} if way == "json_object" else None, words, note)
+        format = {"type": "json_object"} if way == "json_object" else None
+        return _Asked(format, in_words(schema, tools=bool(request.tools)), note)
 
     def _with_words(self, messages: Sequence[Message], words: str) -> Sequence[Message]:
         """Add ``words`` to the instructions, which are the first message: many templates take them only there."""
@@ -209,29 +214,23 @@ class _Writer:
 
     # The messages.
 
-    def _lay(self, message: Message, turns: _Turns) -> None:
-        """Put a message in its place in the conversation."""
-        if not isinstance(message, ToolMessage):
-            calls = [self._id(call.id) for call in message.tool_calls] if isinstance(message, AssistantMessage) else []
-            turns.add(message.role, message.rendered(self._key, self._message), calls)
-            return
-        if not turns.answer(self._id(message.tool_call_id)):
-            turns.later(_dump({"role": "user", "content": self._orphan(message)}))
-            turns.note("a tool's result without its call was sent as a user's message")
-            return
-        turns.add("tool", message.rendered(self._key, self._message))
-        if self._quirks.images != "none" and _images_in(message.content):
-            turns.later(message.rendered(self._images_key, self._tool_images))
+    def _turn(self, turn: Turn) -> Iterable[bytes]:
+        """Yield an answer, the results of its calls right behind it, what these show, and what follows."""
+        if turn.answer is not None:
+            yield turn.answer.rendered(turn.key(self._key), partial(self._assistant, ids=turn.ids))
+        for result, id in zip(turn.results, turn.ids, strict=True):
+            yield result.rendered(f"{self._key}\0{id}", partial(self._result, id=id))
+        shown = [images for pair in zip(turn.results, turn.ids, strict=True) if (images := self._images(*pair))]
+        if turn.results and self._quirks.bridge and (shown or (turn.others and turn.others[0].role == "user")):
+            yield dump({"role": "assistant", "content": self._quirks.bridge})
+        yield from shown
+        for message in turn.others:
+            yield message.rendered(self._key, self._said)
 
-    def _message(self, message: Message) -> bytes:
-        if isinstance(message, AssistantMessage):
-            return _dump(self._assistant(message))
-        if isinstance(message, ToolMessage):
-            id = self._id(message.tool_call_id)
-            return _dump({"role": "tool", "tool_call_id": id, "content": self._tool_text(message)})
+    def _said(self, message: SystemMessage | UserMessage) -> bytes:
         if isinstance(message, SystemMessage):
-            return _dump({"role": self._quirks.system_role, "content": message.text})
-        return _dump({"role": "user", "content": self._content(message.content)})
+            return dump({"role": self._quirks.system_role, "content": message.text})
+        return dump({"role": "user", "content": self._content(message.content)})
 
     def _content(self, content: Content) -> Any:
         if isinstance(content, str):
@@ -245,36 +244,32 @@ class _Writer:
         if isinstance(part, TextPart):
             return {"type": "text", "text": part.text}
         if not self._takes(part):
-            return {"type": "text", "text": _NO_IMAGE}
-        return {"type": "image_url", "image_url": {"url": part.url or f"data:{part.media_type};base64,{part.data}"}}
+            return {"type": "text", "text": NO_IMAGE}
+        return {"type": "image_url", "image_url": {"url": url_of(part)}}
 
     def _takes(self, image: ImagePart) -> bool:
-        return self._quirks.images == "any" or (self._quirks.images == "inline" and _is_inline(image))
+        return self._quirks.images == "any" or (self._quirks.images == "inline" and inline(image) is not None)
 
-    def _tool_text(self, message: ToolMessage) -> str:
-        """Return a tool's result as text, which is all that this wire takes there; its images follow the results."""
-        text = text_of(message.content)
-        if message.is_error and not text.lower().startswith("error"):
-            text = f"Error: {text}"
-        if not _images_in(message.content):
-            return text
-        place = _NO_IMAGE if self._quirks.images == "none" else "[an image follows the tool results]"
-        return f"{text}\n{place}" if text else place
+    def _result(self, message: ToolMessage, id: str) -> bytes:
+        """Write a tool's result, which is text here; its images follow the results."""
+        text = result_text(message)
+        if images_in(message.content):
+            place = NO_IMAGE if self._quirks.images == "none" else "[an image follows the tool results]"
+            text = f"{text}\n{place}" if text else place
+        return dump({"role": "tool", "tool_call_id": id, "content": text})
 
-    def _tool_images(self, message: ToolMessage) -> bytes:
-        """Return the images of a tool's result as a user's message, as OpenAI documents it."""
+    def _images(self, message: ToolMessage, id: str) -> bytes:
+        """Return the images of a tool's result as a user's message, as OpenAI documents it; nothing without any."""
+        if self._quirks.images == "none" or not images_in(message.content):
+            return b""
+        return message.rendered(f"images\0{self._key}\0{id}", partial(self._shown, id=id))
+
+    def _shown(self, message: ToolMessage, id: str) -> bytes:
         of = f"tool {message.name}" if message.name else "a tool"
-        title = {"type": "text", "text": f"From the result of {of} (call {self._id(message.tool_call_id)}):"}
-        images = [self._part(part) for part in _images_in(message.content)]
-        return _dump({"role": "user", "content": [title, *images]})
+        title = {"type": "text", "text": f"From the result of {of} (call {id}):"}
+        return dump({"role": "user", "content": [title, *map(self._part, images_in(message.content))]})
 
-    def _orphan(self, message: ToolMessage) -> Any:
-        of = f"tool {message.name}" if message.name else "a tool"
-        title = TextPart(text=f"The result of {of}, whose call is not in this conversation:\n")
-        content = message.content
-        return self._content((title, *((TextPart(text=content),) if isinstance(content, str) else content)))
-
-    def _assistant(self, message: AssistantMessage) -> dict[str, Any]:
+    def _assistant(self, message: AssistantMessage, ids: Sequence[str]) -> bytes:
         quirks = self._quirks
         wire: dict[str, Any] = {"role": "assistant", "content": message.text or None, **self._own_fields(message)}
         if (thinking := wire.pop("thinking", None)) is not None:
@@ -283,12 +278,12 @@ class _Writer:
         if message.refusal is not None and quirks.refusal:
             wire["refusal"] = message.refusal
         if message.tool_calls:
-            wire["tool_calls"] = [self._call(call) for call in message.tool_calls]
+            wire["tool_calls"] = [self._call(call, id) for call, id in zip(message.tool_calls, ids, strict=True)]
             if quirks.reasoning_demanded:
                 wire.setdefault(quirks.reasoning_demanded, "")
         elif wire["content"] is None:
             wire["content"] = message.refusal or quirks.bridge or ""
-        return wire
+        return dump(wire)
 
     def _own_fields(self, message: AssistantMessage) -> dict[str, Any]:
         """Return what of an answer only its provider reads and wants back."""
@@ -314,13 +309,11 @@ class _Writer:
         keys = [key for key in wanted if key in values][:1] if wanted else list(values)
         return {key: _joined(values[key]) for key in keys}
 
-    def _call(self, call: ToolCall) -> dict[str, Any]:
-        """Write a call; broken arguments are wrapped, since servers refuse a history that is not JSON."""
-        arguments: Any = call.arguments if call.arguments is not None else {"_invalid_json": call.raw or ""}
-        text = json.dumps(arguments, ensure_ascii=False)
+    def _call(self, call: ToolCall, id: str) -> dict[str, Any]:
+        text = json.dumps(arguments_of(call), ensure_ascii=False)
         own = call.data if call.provider == self._provider else {}
         kept = {key: own[key] for key in _CALL_FIELDS if key in own}
-        return {"id": self._id(call.id), "type": "function", "function": {"name": call.name, "arguments": text}, **kept}
+        return {"id": id, "type": "function", "function": {"name": call.name, "arguments": text}, **kept}
 
     def _id(self, id: str) -> str:
         """Return an id that the server takes: the same for a call and its result, in every turn and process."""
@@ -329,83 +322,21 @@ class _Writer:
 
     # What was left out.
 
-    def _notes(self, messages: Sequence[Message], others: Iterable[str]) -> Iterator[str]:
-        yield from others
-        rich = [(message, message.content) for message in messages if not isinstance(message.content, str)]
-        parts = [(message, part) for message, content in rich for part in content]
-        foreign = {
-            part.provider for _, part in parts if isinstance(part, ReasoningPart) and part.provider != self._provider
-        }
-        for name in sorted(foreign):
-            yield f"reasoning of {name or 'an unknown provider'} was left out: only that provider can read it"
-        items = {part.kind for _, part in parts if isinstance(part, ProviderPart) and not self._returns(part)}
-        for kind in sorted(items):
-            yield f"provider items of kind {kind!r} were left out: this wire cannot send them"
-        yield from self._image_notes([(message, part) for message, part in parts if isinstance(part, ImagePart)])
-
-    def _returns(self, part: ProviderPart) -> bool:
-        return part.provider == self._provider and part.kind in (*self._quirks.items, *_REPORTS)
-
-    def _image_notes(self, images: Sequence[tuple[Message, ImagePart]]) -> Iterator[str]:
-        moved = [self._takes(image) for message, image in images if isinstance(message, ToolMessage)]
-        if any(moved):
+    def _notes(self, message: Message) -> Iterable[str]:
+        """Yield what of a message does not get through."""
+        yield from left_out(message, self._provider, self._is_own)
+        taken = [self._takes(image) for image in images_in(message.content)]
+        if any(taken) and isinstance(message, ToolMessage):
             yield "images in tool results follow them in a user's message: this wire takes text there"
-        places = UserMessage | ToolMessage
-        if any(not (self._takes(image) and isinstance(message, places)) for message, image in images):
+        if taken and not (all(taken) and isinstance(message, UserMessage | ToolMessage)):
             yield "images were left out: this server does not take them there, or not by URL"
 
-
-class _Turns:
-    """Puts messages in an order that servers take: every call has its result, right behind it, and nothing between."""
-
-    def __init__(self, quirks: Quirks) -> None:
-        self.pieces: list[bytes] = []
-        self.notes: list[str] = []
-        self._bridge = quirks.bridge
-        self._open: list[str] = []
-        self._later: list[bytes] = []
-        self._last = ""
-
-    def add(self, role: str, piece: bytes, calls: Sequence[str] = ()) -> None:
-        """Add a message; ``calls`` are the ids that wait for results after it."""
-        if role != "tool":
-            self.close()
-            self._open = list(calls)
-        self._put(role, piece)
-
-    def answer(self, id: str) -> bool:
-        """Whether a call waits for this result."""
-        if id not in self._open:
-            return False
-        self._open.remove(id)
-        return True
-
-    def later(self, piece: bytes) -> None:
-        """Keep a user's message until the results of the turn are complete."""
-        self._later.append(piece)
-
-    def note(self, text: str) -> None:
-        """Say once what was changed."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def close(self) -> None:
-        """End a turn: calls without a result get one that says so."""
-        for id in self._open:
-            self._put("tool", _dump({"role": "tool", "tool_call_id": id, "content": "[no result is known]"}))
-        for piece in self._later:
-            self._put("user", piece)
-        self._open, self._later = [], []
-
-    def _put(self, role: str, piece: bytes) -> None:
-        if self._bridge and role == "user" and self._last == "tool":
-            self.pieces.append(_dump({"role": "assistant", "content": self._bridge}))
-        self.pieces.append(piece)
-        self._last = role
+    def _is_own(self, part: ReasoningPart | ProviderPart) -> bool:
+        kinds = (*self._quirks.items, *_REPORTS)
+        return part.provider == self._provider and (isinstance(part, ReasoningPart) or part.kind in kinds)
 
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_NO_IMAGE = "[an image was left out]"
 _REASONING = ("thinking", "reasoning_details", "reasoning_content", "reasoning")
 """The fields in which servers show reasoning."""
 _REPORTS = ("annotations", "executed_tools", "citations", "search_results")
@@ -420,35 +351,9 @@ def _short_id(id: str) -> str:
     return "".join(_ALPHABET[number // 62**place % 62] for place in range(9))
 
 
-def _images_in(content: Content) -> list[ImagePart]:
-    return [] if isinstance(content, str) else [part for part in content if isinstance(part, ImagePart)]
-
-
-def _is_inline(image: ImagePart) -> bool:
-    return image.data is not None or (image.url or "").startswith("data:")
-
-
-def _response_format(schema: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", str(schema.get("title") or "output"))[:64]
-    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": strict}}
-
-
-def _is_strict(schema: Any) -> bool:
-    """Whether every object in ``schema`` is closed and requires all it has, which strict decoding insists on."""
-    if isinstance(schema, list):
-        return all(_is_strict(item) for item in schema)
-    if not isinstance(schema, Mapping):
-        return True
-    if schema.get("type") == "object" or "properties" in schema:
-        closed = schema.get("additionalProperties") is False
-        if not closed or set(schema.get("properties", {})) != set(schema.get("required", [])):
-            return False
-    return all(_is_strict(value) for value in schema.values())
-
-
 def _tool(tool: ToolSpec) -> bytes:
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return _dump({"type": "function", "function": function})
+    return dump({"type": "function", "function": function})
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
@@ -484,46 +389,13 @@ def _given_up(reason: str) -> dict[str, Any]:
     return {"error": {"code": _GAVE_UP[reason], "message": f"the answer ended with finish_reason {reason!r}"}}
 
 
-def _json(body: bytes, deployment: str) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        what = "an HTML page" if body.lstrip()[:1] == b"<" else "broken JSON"
-        text = f"{deployment} answered 200 with {what}: {_excerpt(body)}; check base_url if this goes on"
-        raise ServerError(text, deployment=deployment, status=200) from None
-
-
-def _excerpt(body: bytes) -> str:
-    return re.sub(r"\s+", " ", body[:200].decode("utf-8", "replace"))
-
-
 def _error_in(payload: Any) -> Any:
-    """Return what says that a body or chunk with status 200 is an error, ``None`` when it is not one."""
-    if isinstance(payload, list) and payload:
-        payload = payload[0]
-    if not isinstance(payload, Mapping):
-        return None
-    if payload.get("error"):
-        return payload
-    if payload.get("object") == "error":
-        return payload
-    choices = payload.get("choices")
+    """Return what says that a body or chunk is an error, which OpenRouter puts into the choice."""
+    if found := bodies.error_in(payload):
+        return found
+    choices = payload.get("choices") if isinstance(payload, Mapping) else None
     first = choices[0] if isinstance(choices, list) and choices else None
     return first if isinstance(first, Mapping) and first.get("error") else None
-
-
-def _whole(payload: Any, provider: str) -> Answer | str:
-    """Read an answer, or return the reason for which the server gave it up."""
-    choice = payload["choices"][0]
-    finish = choice.get("finish_reason")
-    if finish in _GAVE_UP:
-        return str(finish)
-    draft = _Draft(provider)
-    if finish != "content_filter":
-        draft.add(choice["message"])
-    elif message := choice.get("message"):  # a filtered answer may have none
-        draft.add(message)
-    return draft.answer(finish, _usage(payload), str(payload.get("model") or ""))
 
 
 def _usage(payload: Mapping[str, Any]) -> Usage | None:
@@ -531,17 +403,15 @@ def _usage(payload: Mapping[str, Any]) -> Usage | None:
     if not isinstance(raw, Mapping) or raw.get("prompt_tokens") is None:
         return None
     read = raw.get("prompt_tokens_details") or {}
-    written = read.get("cache_write_tokens") or raw.get("cache_creation_input_tokens")
-    cached = read.get("cached_tokens") or next((raw[key] for key in _CACHED if raw.get(key)), 0)
-    reasoning = int((raw.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0)
-    prompt, completion = int(raw["prompt_tokens"]), int(raw.get("completion_tokens") or 0)
-    if reasoning and int(raw.get("total_tokens") or 0) == prompt + completion + reasoning:
+    reasoning = count((raw.get("completion_tokens_details") or {}).get("reasoning_tokens"))
+    prompt, completion = count(raw["prompt_tokens"]), count(raw.get("completion_tokens"))
+    if reasoning and count(raw.get("total_tokens")) == prompt + completion + reasoning:
         completion += reasoning  # xAI counts them apart
     return Usage(
         input_tokens=prompt,
         output_tokens=completion,
-        cached_tokens=int(cached or 0),
-        cache_write_tokens=int(written or 0),
+        cached_tokens=count(read.get("cached_tokens") or next((raw[key] for key in _CACHED if raw.get(key)), 0)),
+        cache_write_tokens=count(read.get("cache_write_tokens") or raw.get("cache_creation_input_tokens")),
         reasoning_tokens=reasoning,
     )
 
@@ -641,9 +511,7 @@ class _Draft:
         url = str((part.get("image_url") or {}).get("url") or "")
         if not url:
             return
-        inline = _DATA_URL.fullmatch(url)
-        image = ImagePart(data=inline[2], media_type=inline[1]) if inline else ImagePart(url=url)
-        self._images.append(image)
+        self._images.append(image_at(url))
         self.pieces += 1
 
     def _content(self) -> Content:
@@ -688,9 +556,6 @@ class _Draft:
         return self._calls[-1]
 
 
-_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,(.+)", re.S)
-
-
 def _joined(values: list[Any]) -> Any:
     """Join streamed pieces of reasoning: texts to one text, detail objects of the same block to one object."""
     if all(isinstance(value, str) for value in values):
@@ -733,14 +598,11 @@ def _thought(data: Mapping[str, Any]) -> str:
 # --- streams --------------------------------------------------------------------------------------------------------
 
 
-class ChatStream:
+class ChatStream(AnswerStream):
     """Reads one streamed answer; see ``wire.Stream``."""
 
     def __init__(self, provider: str, deployment: str, table: tuple[Rule, ...] = TABLE) -> None:
-        self.done = False
-        self._deployment = deployment
-        self._table = table
-        self._events = EventParser()
+        super().__init__(deployment, table)
         self._draft = _Draft(provider)
         self._finish: Any = None
         self._usage: Usage | None = None
@@ -757,47 +619,22 @@ class ChatStream:
         """Whether a ``finish_reason`` came."""
         return self._finish is not None
 
-    def feed(self, piece: bytes) -> str:
-        """Take a piece of the stream and return the text that it adds."""
-        return "".join([self._event(event) for event in self._events.feed(piece)])
+    def _missing(self) -> str:
+        return "" if self._finish is not None or (self.done and self._usage) else "a finish_reason"
 
-    def close(self) -> Answer:
-        """Return the answer at the end of the stream."""
-        if not self.done:
-            for event in self._events.close():
-                self._event(event)
-        if self._finish is None and not (self.done and self._usage):
-            raise self._broken("ended without a finish_reason, so its answer is not whole")
+    def _answer(self) -> Answer:
         answer = self._draft.answer(self._finish, self._usage, self._model)
         return replace(answer, notes=(*answer.notes, *self._notes))
 
-    def _event(self, event: Event) -> str:
-        if self.done:
-            return ""
-        if event.data.strip() == "[DONE]":
-            self.done = True
-            return ""
-        chunk = self._chunk(event)
-        try:
-            return self._read(chunk)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise self._broken(f"carried a chunk that is no chunk ({type(error).__name__})") from None
+    def _error_in(self, chunk: Any) -> Any:
+        return _error_in(chunk)
 
-    def _chunk(self, event: Event) -> Mapping[str, Any]:
-        try:
-            chunk = json.loads(event.data)
-        except (ValueError, RecursionError):
-            chunk = None
-        if event.name == "error" or _error_in(chunk):
-            error = self._error(_error_in(chunk) or chunk or event.data)
-            if not (self._finish == "length" and isinstance(chunk, Mapping)):
-                raise error
-            self._notes = (f"after the end of its answer {error.message}",)  # the limit that it has reached, once more
-        if not isinstance(chunk, Mapping):
-            raise self._broken(f"carried a malformed chunk: {event.data[:80]!r}")
-        return chunk
+    def _failed(self, error: ModelError) -> None:
+        if self._finish != "length":
+            raise error
+        self._notes = (f"after the end of its answer {error.message}",)  # the limit that it has reached, once more
 
-    def _read(self, chunk: Mapping[str, Any]) -> str:
+    def _read(self, kind: str, chunk: Mapping[str, Any]) -> str:
         self._model = self._model or str(chunk.get("model") or "")
         self._usage = _usage(chunk) or self._usage
         text = ""
@@ -811,9 +648,3 @@ class ChatStream:
                 raise self._error(_given_up(finish))
             self._finish = finish or self._finish
         return text
-
-    def _error(self, body: Any) -> ModelError:
-        return classify(200, body, deployment=self._deployment, table=self._table)
-
-    def _broken(self, what: str) -> StreamBroken:
-        return StreamBroken(f"the stream of {self._deployment} {what}", deployment=self._deployment, status=200)

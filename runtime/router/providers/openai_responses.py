@@ -18,12 +18,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
-from urllib.parse import urlsplit
 
-from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
-from ridethrough.runtime.router.errors import TABLE, Rule, classify
+from ridethrough.runtime.errors import ServerError
+from ridethrough.runtime.router.errors import TABLE, Rule
 from ridethrough.runtime.router.messages import (
     AssistantMessage,
     Content,
@@ -34,15 +33,22 @@ from ridethrough.runtime.router.messages import (
     Part,
     ProviderPart,
     ReasoningPart,
+    SystemMessage,
     TextPart,
     ToolCall,
     ToolMessage,
     ToolSpec,
     Usage,
+    UserMessage,
     parse_call,
-    text_of,
 )
-from ridethrough.runtime.router.providers.sse import Event, EventParser
+from ridethrough.runtime.router.providers import bodies
+from ridethrough.runtime.router.providers.bodies import count, dump, dump_all
+from ridethrough.runtime.router.providers.dialects import of_host
+from ridethrough.runtime.router.providers.history import History, Turn, left_out, noted
+from ridethrough.runtime.router.providers.parts import arguments_of, images_in, parts_of, result_text, url_of
+from ridethrough.runtime.router.providers.streams import AnswerStream
+from ridethrough.runtime.router.providers.structured import named_schema
 from ridethrough.runtime.router.providers.wire import Answer, Rendered
 
 _WIRE = "openai-responses"
@@ -55,10 +61,15 @@ _LONGEST_ID = 64  # characters of a call_id; longer ones are refused
 
 @dataclass(frozen=True)
 class Quirks:
-    """Where a server differs: the header that carries the key, and whether it can encrypt reasoning on request."""
+    """Where a server differs.
+
+    ``key_header`` carries the key; ``encrypts`` says whether it can encrypt reasoning on request, ``interleaves``
+    whether something else may stand between two calls whose results come after both.
+    """
 
     key_header: str = "authorization"
     encrypts: bool = True
+    interleaves: bool = True
 
 
 QUIRKS: dict[str, Quirks] = {
@@ -66,15 +77,14 @@ QUIRKS: dict[str, Quirks] = {
     "cognitiveservices.azure.com": Quirks(key_header="api-key"),
     "services.ai.azure.com": Quirks(key_header="api-key"),
     "api.groq.com": Quirks(encrypts=False),
-    "api.deepseek.com": Quirks(encrypts=False),
+    "api.deepseek.com": Quirks(encrypts=False, interleaves=False),
 }
 """By host name, or the end of one."""
 
 
 def quirks_of(base_url: str) -> Quirks:
     """Return what is known of the server at ``base_url``."""
-    host = urlsplit(base_url).hostname or ""
-    return next((quirks for name, quirks in QUIRKS.items() if host == name or host.endswith("." + name)), Quirks())
+    return of_host(base_url, QUIRKS) or Quirks()
 
 
 @dataclass(frozen=True)
@@ -163,35 +173,31 @@ class OpenAIResponses:
         head, notes = _head(request, model, family, self._quirks)
         if stream:
             head["stream"] = True
-        conversation = _Conversation(self.provider, reasons=family.reasons)
-        body = _dump(head)[:-1] + b',"input":[' + conversation.write(request.messages) + b"]"
+        writer = self._writer(reasons=family.reasons)
+        history = History(request.messages, _wire_id)
+        items = b",".join([piece for turn in history.turns for piece in writer.write(turn) if piece])
+        body = dump(head)[:-1] + b',"input":[' + items + b"]"
         if request.tools:
-            body += b',"tools":[' + b",".join(tool.rendered(_WIRE, _tool) for tool in request.tools) + b"]"
-        notes += [*conversation.notes, *_dropped(request.messages, self.provider, model, reasons=family.reasons)]
-        headers = {"content-type": "application/json", "accept": "text/event-stream" if stream else "application/json"}
-        return Rendered("responses", body + b"}", headers, tuple(notes))
+            body += b',"tools":[' + b",".join([tool.rendered(_WIRE, _tool) for tool in request.tools]) + b"]"
+        notes += [*history.notes, *noted(request.messages, f"notes\0{writer.key}", writer.notes)]
+        return Rendered("responses", body + b"}", bodies.headers(stream=stream), tuple(notes))
 
     def parse(self, body: bytes, deployment: str) -> Answer:
         """Read a body that came with status 200."""
-        payload = _json(body, deployment)
-        if error := _error_in(payload):
-            raise classify(200, error, deployment=deployment, table=self._table)
-        try:
-            return _answer(payload, payload["output"], str(payload.get("status") or "completed"), self.provider)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            text = f"{deployment} sent no answer in its answer ({type(error).__name__}): {_excerpt(body)}"
-            raise ServerError(text, deployment=deployment, status=200) from None
+        return bodies.read_answer(body, deployment, self._table, _error_in, self._whole)
 
     def stream(self, deployment: str) -> ResponsesStream:
         """Return a reader for one streamed answer."""
         return ResponsesStream(self.provider, deployment, self._table)
 
+    def _writer(self, *, reasons: bool) -> _Writer:
+        return _Writer(self.provider, reasons, self._quirks.interleaves)
+
+    def _whole(self, payload: Any) -> Answer:
+        return _answer(payload, payload["output"], str(payload.get("status") or "completed"), self.provider)
+
 
 # --- requests -------------------------------------------------------------------------------------------------------
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def _head(request: ModelRequest, model: str, family: Family, quirks: Quirks) -> tuple[dict[str, Any], list[str]]:
@@ -206,7 +212,7 @@ def _head(request: ModelRequest, model: str, family: Family, quirks: Quirks) -> 
     if request.tools and request.tool_choice != "auto":
         head["tool_choice"] = _tool_choice(request.tool_choice)
     if request.output_schema is not None:
-        head["text"] = {"format": _format(request.output_schema)}
+        head["text"] = {"format": {"type": "json_schema", **named_schema(request.output_schema)}}
     if request.max_tokens is not None:
         head["max_output_tokens"] = _max_tokens(request.max_tokens, notes)
     if request.temperature is not None:
@@ -242,116 +248,13 @@ def _tool_choice(choice: str) -> object:
     return choice if choice in ("none", "required") else {"type": "function", "name": choice}
 
 
-def _format(schema: Mapping[str, Any]) -> dict[str, Any]:
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", str(schema.get("title") or "output"))[:64]
-    return {"type": "json_schema", "name": name, "schema": schema, "strict": _is_strict(schema)}
-
-
-def _is_strict(schema: Any) -> bool:
-    """Whether every object in ``schema`` is closed and requires all it has, which strict decoding insists on."""
-    if isinstance(schema, list):
-        return all(_is_strict(item) for item in schema)
-    if not isinstance(schema, Mapping):
-        return True
-    if schema.get("type") == "object" or "properties" in schema:
-        closed = schema.get("additionalProperties") is False
-        if not closed or set(schema.get("properties", {})) != set(schema.get("required", [])):
-            return False
-    return all(_is_strict(value) for value in schema.values())
-
-
 def _tool(tool: ToolSpec) -> bytes:
     """Write a tool; ``strict`` is said, because its default here is yes, which most schemas do not meet."""
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return _dump({"type": "function", **function, "strict": False})
+    return dump({"type": "function", **function, "strict": False})
 
 
 # --- the conversation as input items --------------------------------------------------------------------------------
-
-
-class _Conversation:
-    """Writes messages as input items, each call followed by its result.
-
-    Servers refuse a history in which a call has no result or a result no call, and some in which they do not stand
-    together; conversations that were cut, merged or begun elsewhere have all of that.
-    """
-
-    def __init__(self, provider: str, *, reasons: bool) -> None:
-        self.notes: list[str] = []
-        self._provider = provider
-        self._reasons = reasons
-        self._key = f"{_WIRE}/{provider}" if reasons else f"{_WIRE}/{provider}/unreasoned"
-        self._writer = _Writer(provider, reasons, "")
-        self._pieces: list[bytes] = []
-        self._used: set[str] = set()
-
-    def write(self, messages: Sequence[Message]) -> bytes:
-        """Return all items, joined; messages keep their own, so that only new ones are written."""
-        for number, turn in enumerate(_turns(messages)):
-            first = turn[0]
-            if isinstance(first, AssistantMessage):
-                self._turn(first, turn[1:], number)
-            else:
-                self._plain(turn)
-        return b",".join(piece for piece in self._pieces if piece)
-
-    def _turn(self, message: AssistantMessage, rest: list[Message], number: int) -> None:
-        """Write an answer with what follows it, its results first."""
-        missing = {call.id for call in message.tool_calls}
-        suffix = "" if missing.isdisjoint(self._used) else f"_{number}"  # some servers count their calls anew each turn
-        self._used |= missing
-        self._write(message, suffix)
-        others: list[Message] = []
-        for other in rest:
-            if isinstance(other, ToolMessage) and other.tool_call_id in missing:
-                missing.remove(other.tool_call_id)
-                self._write(other, suffix)
-            else:
-                others.append(other)
-        if missing:
-            self._note("tool calls without a result were given one that says so")
-            ids = [_wire_id(call.id + suffix) for call in message.tool_calls if call.id in missing]
-            self._pieces += [_dump(_output(id, "[no result was recorded]")) for id in ids]
-        self._plain(others)
-
-    def _plain(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            if isinstance(message, ToolMessage):
-                self._note("tool results without a call were sent as text")
-                self._pieces.append(message.rendered(f"{self._key}#stray", _stray))
-            else:
-                self._write(message, "")
-
-    def _write(self, message: Message, suffix: str) -> None:
-        if suffix:
-            write = _Writer(self._provider, self._reasons, suffix)
-            self._pieces.append(message.rendered(f"{self._key}#{suffix}", write))
-        else:
-            self._pieces.append(message.rendered(self._key, self._writer))
-
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-
-
-def _turns(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Split a conversation before every answer of the model."""
-    turn: list[Message] = []
-    for message in messages:
-        if isinstance(message, AssistantMessage) and turn:
-            yield turn
-            turn = []
-        turn.append(message)
-    if turn:
-        yield turn
-
-
-def _stray(message: ToolMessage) -> bytes:
-    return _dump({"role": "user", "content": f"[result of {message.name or 'a tool'}] {text_of(message.content)}"})
-
-
-def _output(call_id: str, output: Any) -> dict[str, Any]:
-    return {"type": "function_call_output", "call_id": call_id, "output": output}
 
 
 def _wire_id(id: str) -> str:
@@ -363,23 +266,52 @@ def _wire_id(id: str) -> str:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes one message as items, joined by commas; nothing when nothing of it can go."""
+    """Writes turns as items. Messages keep their own as bytes, joined by commas; so only new ones are written.
+
+    ``reasons`` says that the model takes thoughts back, ``interleaves`` that its server takes them between calls.
+    """
 
     provider: str
     reasons: bool
-    suffix: str
+    interleaves: bool
 
-    def __call__(self, message: Message) -> bytes:
-        return b",".join(_dump(item) for item in self._items(message))
+    @property
+    def key(self) -> str:
+        """Under which messages keep what is written of them."""
+        return f"{_WIRE}/{self.provider}{'' if self.reasons else '/unreasoned'}{'' if self.interleaves else '/grouped'}"
 
-    def _items(self, message: Message) -> list[dict[str, Any]]:
-        if isinstance(message, AssistantMessage):
-            return _Items(self.provider, self.reasons, self.suffix).build(message)
-        if isinstance(message, ToolMessage):
-            return [_output(_wire_id(message.tool_call_id + self.suffix), _result(message))]
-        if message.role == "system":
-            return [{"role": "system", "content": message.text}]
-        return [{"role": "user", "content": _input(message.content)}]
+    def write(self, turn: Turn) -> Iterator[bytes]:
+        """Yield an answer, the results of its calls and what follows; nothing of what cannot go."""
+        key = self.key
+        if turn.answer is not None:
+            yield turn.answer.rendered(turn.key(key), partial(self._assistant, ids=turn.ids))
+        for result, id in zip(turn.results, turn.ids, strict=True):
+            yield result.rendered(f"{key}\0{id}", partial(_result, id=id))
+        for message in turn.others:
+            yield message.rendered(key, _said)
+
+    def notes(self, message: Message) -> Iterator[str]:
+        """Yield what of a message does not get through."""
+        yield from left_out(message, self.provider, self._is_own)
+        parts = parts_of(message.content)
+        if any(_is_lost(part, self.provider, self.reasons) for part in parts):
+            why = "it came without its encrypted content" if self.reasons else "the model does not reason"
+            yield f"reasoning was left out, and the items that came with it: {why}"
+        if _breaks_off(message, parts, self.provider):
+            yield "reasoning was left out after which the answer broke off"
+        if isinstance(message, SystemMessage | AssistantMessage) and images_in(message.content):
+            yield "images in system and assistant messages were left out: this wire takes text there"
+
+    def _is_own(self, part: ReasoningPart | ProviderPart) -> bool:
+        return part.provider == self.provider
+
+    def _assistant(self, message: AssistantMessage, ids: Sequence[str]) -> bytes:
+        return dump_all(_Items(self, ids).build(message))
+
+
+def _said(message: SystemMessage | UserMessage) -> bytes:
+    content = message.text if isinstance(message, SystemMessage) else _input(message.content)
+    return dump({"role": message.role, "content": content})
 
 
 def _input(content: Content) -> Any:
@@ -391,26 +323,24 @@ def _input(content: Content) -> Any:
 def _input_part(part: TextPart | ImagePart) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "input_text", "text": part.text}
-    url = part.url or f"data:{part.media_type};base64,{part.data}"
-    return {"type": "input_image", "image_url": url, "detail": "auto"}
+    return {"type": "input_image", "image_url": url_of(part), "detail": "auto"}
 
 
-def _result(message: ToolMessage) -> Any:
-    """Return a tool's result; that it is an error has no field here, so its text says so."""
-    told = message.is_error and not message.text.lstrip().lower().startswith("error")
-    if isinstance(message.content, str) or not any(isinstance(part, ImagePart) for part in message.content):
-        return f"Error: {message.text}" if told else message.text
-    parts = _input(message.content)
-    return [{"type": "input_text", "text": "Error:"}, *parts] if told else parts
+def _result(message: ToolMessage, id: str) -> bytes:
+    """Write a tool's result; that it is an error has no field here, so its text says so."""
+    output: Any = result_text(message)
+    if images_in(message.content):
+        told = [] if output == message.text else [{"type": "input_text", "text": "Error:"}]
+        output = [*told, *_input(message.content)]
+    return dump({"type": "function_call_output", "call_id": id, "output": output})
 
 
 class _Items:
     """The items of one assistant message, in the order in which the model wrote them."""
 
-    def __init__(self, provider: str, reasons: bool, suffix: str) -> None:
-        self._provider = provider
-        self._reasons = reasons
-        self._suffix = suffix
+    def __init__(self, writer: _Writer, ids: Sequence[str]) -> None:
+        self._writer = writer
+        self._ids = ids
         self._items: list[dict[str, Any] | _Saying] = []
         self._calls: list[dict[str, Any]] = []
         self._written = 0
@@ -418,13 +348,15 @@ class _Items:
 
     def build(self, message: AssistantMessage) -> list[dict[str, Any]]:
         """Return the items that can go back."""
-        self._calls = [self._call(call) for call in message.tool_calls]
-        whole = not any(_is_lost(part, self._provider, self._reasons) for part in _parts(message.content))
-        for part in _parts(message.content):
+        provider, parts = self._writer.provider, parts_of(message.content)
+        self._calls = [self._call(call, id) for call, id in zip(message.tool_calls, self._ids, strict=True)]
+        whole = not any(_is_lost(part, provider, self._writer.reasons) for part in parts)
+        for part in parts:
             if isinstance(part, TextPart):
+                self._calls_before(part)
                 self._say({"type": "output_text", "text": part.text})
-            elif isinstance(part, ReasoningPart | ProviderPart) and _is_own(part, self._provider):
-                self._calls_until(part.after_calls)
+            elif isinstance(part, ReasoningPart | ProviderPart) and _is_own(part, provider):
+                self._calls_before(part)
                 self._place(part, whole)
         if message.refusal is not None:
             self._say({"type": "refusal", "refusal": message.refusal})
@@ -432,16 +364,17 @@ class _Items:
         items = [item.item() if isinstance(item, _Saying) else item for item in self._items]
         return _paired([item for item in items if item is not None])
 
-    def _call(self, call: ToolCall) -> dict[str, Any]:
-        """Write a call; broken arguments are wrapped, since servers refuse a history that is not JSON."""
-        own = call.data if call.provider == self._provider else {}
-        arguments: Any = call.arguments if call.arguments is not None else {"_invalid_json": call.raw or ""}
-        text = json.dumps(arguments, ensure_ascii=False)
-        id = _wire_id(call.id + self._suffix)
+    def _call(self, call: ToolCall, id: str) -> dict[str, Any]:
+        own = call.data if call.provider == self._writer.provider else {}
+        text = json.dumps(arguments_of(call), ensure_ascii=False)
         return {**own, "type": "function_call", "call_id": id, "name": call.name, "arguments": text}
 
+    def _calls_before(self, part: TextPart | ReasoningPart | ProviderPart) -> None:
+        if self._writer.interleaves:
+            self._calls_until(part.after_calls)
+
     def _calls_until(self, count: int) -> None:
-        """Write the calls that came before the next item."""
+        """Write the first ``count`` calls, as far as they are not written yet."""
         if count > self._written:
             self._items += self._calls[self._written : count]
             self._written = count
@@ -461,12 +394,6 @@ class _Items:
             self._open = _Saying({})
             self._items.append(self._open)
         self._open.pieces.append(piece)
-
-
-def _parts(content: Content) -> Iterable[Part]:
-    if isinstance(content, str):
-        return (TextPart(text=content),) if content else ()
-    return content
 
 
 def _is_own(part: Part, provider: str) -> bool:
@@ -536,26 +463,6 @@ def _continues(item: dict[str, Any]) -> bool:
     return item.get("type") not in (None, "message") or "id" in item
 
 
-def _dropped(messages: Iterable[Message], provider: str, model: str, *, reasons: bool) -> Iterator[str]:
-    """Say what of the conversation this wire cannot carry."""
-    rich = [(message, message.content) for message in messages if not isinstance(message.content, str)]
-    parts = [(message, part) for message, content in rich for part in content]
-    foreign = [part for _, part in parts if not isinstance(part, TextPart | ImagePart) and part.provider != provider]
-    for name in sorted({part.provider for part in foreign if isinstance(part, ReasoningPart)}):
-        yield f"reasoning of {name or 'an unknown provider'} was left out: only that provider can read it"
-    items = [part for part in foreign if isinstance(part, ProviderPart)]
-    for name in sorted({part.provider for part in items}):
-        kinds = ", ".join(sorted({part.kind for part in items if part.provider == name}))
-        yield f"items of {name or 'an unknown provider'} were left out, only that provider can read them: {kinds}"
-    if any(_is_lost(part, provider, reasons) for _, part in parts):
-        why = "it came without its encrypted content" if reasons else f"{model} does not reason"
-        yield f"reasoning was left out, and the items that came with it: {why}"
-    if any(_breaks_off(message, content, provider) for message, content in rich):
-        yield "reasoning was left out after which the answer broke off"
-    if any(isinstance(part, ImagePart) and message.role in ("system", "assistant") for message, part in parts):
-        yield "images in system and assistant messages were left out: this wire takes text there"
-
-
 def _breaks_off(message: Message, content: tuple[Part, ...], provider: str) -> bool:
     last = content[-1] if content else None
     if not isinstance(message, AssistantMessage) or not isinstance(last, ReasoningPart) or message.refusal is not None:
@@ -573,28 +480,11 @@ _INCOMPLETE: dict[str, Finish] = {
 }
 
 
-def _json(body: bytes, deployment: str) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        what = "an HTML page" if body.lstrip()[:1] == b"<" else "broken JSON"
-        text = f"{deployment} answered 200 with {what}: {_excerpt(body)}; check base_url if this goes on"
-        raise ServerError(text, deployment=deployment, status=200) from None
-
-
-def _excerpt(body: bytes) -> str:
-    return re.sub(r"\s+", " ", body[:200].decode("utf-8", "replace"))
-
-
 def _error_in(payload: Any) -> Any:
-    """Return what says that a body or event with status 200 is an error, ``None`` when it is not one."""
-    if isinstance(payload, list) and payload:
-        payload = payload[0]
-    if not isinstance(payload, Mapping):
-        return None
-    if payload.get("error") or "error" in (payload.get("type"), payload.get("object")):
-        return payload
-    if payload.get("status") == "failed":
+    """Return what says that a body, event or response is an error, ``None`` when it is not one."""
+    if found := bodies.error_in(payload):
+        return found
+    if isinstance(payload, Mapping) and payload.get("status") == "failed":
         return {"message": "the response failed, without a reason"}
     return None
 
@@ -632,11 +522,11 @@ def _usage(response: Mapping[str, Any]) -> Usage | None:
         return None
     before, after = raw.get("input_tokens_details") or {}, raw.get("output_tokens_details") or {}
     return Usage(
-        input_tokens=int(raw["input_tokens"]),
-        output_tokens=int(raw.get("output_tokens") or 0),
-        cached_tokens=int(before.get("cached_tokens") or 0),
-        reasoning_tokens=int(after.get("reasoning_tokens") or 0),
-        cache_write_tokens=int(before.get("cache_write_tokens") or 0),
+        input_tokens=count(raw["input_tokens"]),
+        output_tokens=count(raw.get("output_tokens")),
+        cached_tokens=count(before.get("cached_tokens")),
+        reasoning_tokens=count(after.get("reasoning_tokens")),
+        cache_write_tokens=count(before.get("cache_write_tokens")),
     )
 
 
@@ -671,8 +561,9 @@ class _Reader:
 
     def message(self) -> AssistantMessage:
         """Return what the items say."""
-        plain = len(self._content) == 1 and isinstance(self._content[0], TextPart)
-        content = text_of(tuple(self._content)) if plain else tuple(self._content)
+        content: Content = tuple(self._content)
+        if len(content) == 1 and isinstance(only := content[0], TextPart) and not only.after_calls:
+            content = only.text
         refusal = "".join(self._refusal) or None
         return AssistantMessage(content=content or "", tool_calls=tuple(self._calls), refusal=refusal)
 
@@ -696,10 +587,16 @@ class _Reader:
             pieces = [{"type": "output_text", "text": pieces}]
         texts = [piece for piece in pieces if piece["type"] != "refusal" and piece.get("text")]
         noted = [piece.get("annotations") or [] for piece in texts]
-        if not self._bare or self._calls or self._content or item.get("phase") or any(noted):
+        if not self._bare or self._follows_another() or item.get("phase") or any(noted):
             self._content.append(self._envelope(item, noted))
-        self._content += [TextPart(text=str(piece["text"])) for piece in texts]
+        place = len(self._calls)
+        self._content += [TextPart(text=str(piece["text"]), after_calls=place) for piece in texts]
         self._refusal += [str(piece.get("refusal") or "") for piece in pieces if piece["type"] == "refusal"]
+
+    def _follows_another(self) -> bool:
+        """Whether nothing but an envelope would tell the next message from the one before it."""
+        last = self._content[-1] if self._content else None
+        return isinstance(last, TextPart | ProviderPart) and last.after_calls == len(self._calls)
 
     def _envelope(self, item: Mapping[str, Any], noted: list[Any]) -> ProviderPart:
         data = {key: value for key, value in item.items() if key != "content" and value is not None}
@@ -754,63 +651,32 @@ class _DraftItem:
         return {**self.item, "content": said + refused}
 
 
-class ResponsesStream:
+class ResponsesStream(AnswerStream):
     """Reads one streamed answer; see ``wire.Stream``."""
 
     def __init__(self, provider: str, deployment: str, table: tuple[Rule, ...] = TABLE) -> None:
-        self.done = False
+        super().__init__(deployment, table)
         self.progress = 0
         self._provider = provider
-        self._deployment = deployment
-        self._table = table
-        self._events = EventParser()
         self._last = -1
         self._items: dict[int, _DraftItem] = {}
         self._texts: list[str] = []
-        self._answer: Answer | None = None
+        self._whole: Answer | None = None
 
     @property
     def finished(self) -> bool:
         """Whether the terminal event came: nothing else says why the model stopped."""
-        return self._answer is not None
+        return self._whole is not None
 
-    def feed(self, piece: bytes) -> str:
-        """Take a piece of the stream and return the text that it adds."""
-        return "".join([self._event(event) for event in self._events.feed(piece)])
+    def _missing(self) -> str:
+        return "" if self.finished else "its terminal event"
 
-    def close(self) -> Answer:
-        """Return the answer at the end of the stream."""
-        if not self.done:
-            for event in self._events.close():
-                self._event(event)
-        if self._answer is None:
-            raise self._broken("ended without its terminal event, so its answer is not whole")
-        return self._answer
+    def _answer(self) -> Answer:
+        assert self._whole is not None
+        return self._whole
 
-    def _event(self, event: Event) -> str:
-        if self.done:
-            return ""
-        if event.data.strip() == "[DONE]":
-            self.done = True
-            return ""
-        chunk = self._chunk(event)
-        try:
-            return self._read(str(chunk.get("type") or event.name), chunk)
-        except ModelError:
-            raise  # some of them are a ValueError too
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise self._broken(f"carried an event that is none ({type(error).__name__}: {error})") from None
-
-    def _chunk(self, event: Event) -> Mapping[str, Any]:
-        try:
-            chunk = json.loads(event.data)
-        except (ValueError, RecursionError):
-            chunk = None
-        if event.name == "error" or _error_in(chunk):
-            raise self._error(_error_in(chunk) or chunk or event.data)
-        if not isinstance(chunk, Mapping):
-            raise self._broken(f"carried a malformed event: {event.data[:80]!r}")
-        return chunk
+    def _error_in(self, chunk: Any) -> Any:
+        return _error_in(chunk)
 
     def _read(self, kind: str, chunk: Mapping[str, Any]) -> str:
         self._check_order(chunk.get("sequence_number"))
@@ -868,13 +734,7 @@ class ResponsesStream:
         if not output and status == "completed":
             text = f"{self._deployment} completed a stream without an answer in it"
             raise ServerError(text, deployment=self._deployment, status=200)
-        self._answer = _answer(response, output, status, self._provider)
+        self._whole = _answer(response, output, status, self._provider)
         said = "".join(self._texts)
-        text = self._answer.message.text
+        text = self._whole.message.text
         return text[len(said) :] if text.startswith(said) else ""
-
-    def _error(self, body: Any) -> ModelError:
-        return classify(200, body, deployment=self._deployment, table=self._table)
-
-    def _broken(self, what: str) -> StreamBroken:
-        return StreamBroken(f"the stream of {self._deployment} {what}", deployment=self._deployment, status=200)
