@@ -184,6 +184,18 @@ CASES = (
         TROUBLE,
     ),
     Case("router_outage", "50 agents; for 15 s A and B answer every call with 503", ROUTERS, TROUBLE),
+    Case(
+        "waking",
+        "10,000 agents that wait for a model are parked, left alone, woken and done, at most 200 at once",
+        (System("ridethrough", "ours_waking.py"),),
+        (
+            given("cpu_ms_to_park", "CPU ms to fail and park"),
+            given("cpu_percent_parked", "CPU %, all parked", ".1f"),
+            given("cpu_ms_woken_and_done", "CPU ms, woken and done"),
+            given("cpu_ms_fresh", "CPU ms of a fresh run"),
+            given("cpu_ms_to_wake", "CPU ms to wake"),
+        ),
+    ),
     Case("imports", "A fresh interpreter", tuple(System(n, "imports.py", n) for n in IMPORTS), (CPU_MS,)),
     Case("agent_memory", "One agent turn with one tool call, no store", AGENTS, (*TURN, *TURN_100), TURN[0]),
     Case("agent_sqlite", "One agent turn with one tool call, kept in SQLite", AGENTS, (*TURN, *TURN_100), TURN[0]),
