@@ -75,16 +75,41 @@ price = { input = 1.25, output = 10.0 }      # USD per million tokens, for show
 models = ["simulated"]
 patience = "20s"                             # try again for so long in place; then the run pauses, and nothing is lost
 
-# With a real model: remove the comment signs, and put "gpt" first in routes.smart.
+# With real models: remove the comment signs of what you have, name it in routes.smart, try `ridethrough models ping`.
+# With two providers in the route one stands in for the other. Keys are never written here.
 #
 # [providers.openai]
-# kind = "openai"                            # or any compatible server: vLLM, Ollama, llama.cpp, OpenRouter ...
-# base_url = "https://api.openai.com/v1"
-# api_key = "env:OPENAI_API_KEY"             # never the key itself
+# kind = "openai"                            # or "openai-responses"
+# api_key = "env:OPENAI_API_KEY"
 #
 # [models.gpt]
 # provider = "openai"
 # model = "gpt-5.2"
+#
+# [providers.anthropic]
+# kind = "anthropic"
+# api_key = "env:ANTHROPIC_API_KEY"
+#
+# [models.claude]
+# provider = "anthropic"
+# model = "claude-sonnet-4-5"
+#
+# [providers.google]
+# kind = "gemini"
+# api_key = "env:GEMINI_API_KEY"
+#
+# [models.gemini]
+# provider = "google"
+# model = "gemini-2.5-pro"
+#
+# [providers.local]
+# kind = "openai"                            # any server that speaks Chat Completions: vLLM, Ollama, llama.cpp ...
+# base_url = "http://127.0.0.1:11434/v1"
+#
+# [models.qwen]
+# provider = "local"
+# model = "qwen3:8b"
+# price = { input = 0.0, output = 0.0 }
 """
 
 SCENARIO = """# What the simulated provider answers: the first rule whose conditions all hold.

@@ -170,7 +170,7 @@ class Page:
             subprocess.run(["sh", "-n", str(path)], check=True)
         elif block.language == "json":
             json.loads(block.text)
-        elif path.name == "ridethrough.toml":
+        elif path.name.startswith("ridethrough.") and path.suffix == ".toml":
             load_config(path)
         else:
             load_script(str(path))

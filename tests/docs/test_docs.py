@@ -11,7 +11,8 @@ line above it may say more::
         <!-- output -->              what the python block before it printed, the error it raised included
         <!-- picture -->             a drawing
     console                  `$ command` lines with the output that is expected of each (both streams together)
-    toml                     a configuration that is accepted (with ``file:`` under another name: a scenario)
+    toml                     a configuration that is accepted (with ``file:`` under a name that does not begin with
+                             ``ridethrough.``: a scenario)
     json                     is JSON
     mermaid                  a diagram of a known kind
     sh                       set-up of the reader's machine: not executed; each line is a target of the Makefile or
