@@ -73,7 +73,10 @@ async def at_once(work: Callable[[int], Awaitable[object]]) -> None:
 
 async def until_all(runtime: Runtime, status: str) -> None:
     query = f"SELECT count(*) FROM runs WHERE status = '{status}'"
-    while await runtime.store.read(lambda connection: connection.exec_driver_sql(query).scalar()) < RUNS:
+    while True:
+        found = await runtime.store.read(lambda connection: connection.exec_driver_sql(query).scalar())
+        if found >= RUNS:
+            return
         await asyncio.sleep(0.2)
 
 
