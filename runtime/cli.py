@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ridethrough.runtime.drill.cli import drill_command
 from ridethrough.runtime.models_cli import models_group
 from ridethrough.runtime.options import FAILED, OK, Command, Group, Options, parse_json, put, say
 
@@ -509,6 +510,7 @@ COMMANDS: tuple[click.Command, ...] = (
     deny_command,
     models_group,
     simulate_command,
+    drill_command,
     doctor_command,
     db_group,
 )

@@ -109,7 +109,8 @@ class Provider(_Table):
     an OpenAI-compatible server where its host name does not tell (``vllm``, ``ollama``, ...). The keys ``script`` (a
     Python file, ``module:attribute``, or a scenario in TOML or JSON), ``ledger`` (a file that gets a line for every
     call) and ``wire`` (what it speaks, ``openai`` when left out) are for ``kind = "simulated"``, which starts the
-    project's own provider on loopback. Relative paths start at the configuration's folder.
+    project's own provider on loopback, or with ``base_url`` asks one that another process serves. Relative paths start
+    at the configuration's folder.
     """
 
     kind: ProviderKind
@@ -428,7 +429,9 @@ def _known(source: _Source, location: _Location, what: str, name: str, valid: Ma
 
 def _check_provider(source: _Source, name: str, provider: Provider) -> None:
     here: _Location = ("providers", name)
-    wrong = ["base_url", "api_key"] if provider.kind == "simulated" else ["script", "ledger", "wire"]
+    wrong = ["api_key"] if provider.kind == "simulated" else ["script", "ledger", "wire"]
+    if provider.kind == "simulated" and provider.base_url is not None:
+        wrong += ["script", "ledger"]
     if provider.kind != "openai":
         wrong.append("dialect")
     for key in wrong:

@@ -55,6 +55,7 @@ from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
 from ridethrough.runtime.workflow import backoff
 from ridethrough.tools.context import ToolContext
+from ridethrough.tools.faults import FAULTS, Called
 from ridethrough.tools.output import cap_output, render_output
 from ridethrough.tools.schema import ArgumentsInvalid
 from ridethrough.tools.tool import Tool, ToolCall
@@ -340,7 +341,10 @@ class _Call:
 
     async def _once(self, kwargs: dict[str, Any]) -> Any:
         with anyio.move_on_after(self.tool.timeout), stand(Inside(self.request.path)):
-            return await self._function(kwargs)
+            if FAULTS is None:
+                return await self._function(kwargs)
+            called = Called(self.request.run_id, self.request.call_id, self.tool.name, self.tool.effect)
+            return await FAULTS.around(called, lambda: self._function(kwargs))
         doubt = " It may have taken effect all the same." if self.tool.effect == "write" else ""
         raise TimeoutError(f"{self.tool.name} did not end within {self.tool.timeout:g} s.{doubt}")
 

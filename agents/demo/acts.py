@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from ridethrough.agents.demo.stage import TARGET, Asked, DemoFailed, Life, Stage, input_of
+from ridethrough.agents.demo.stage import TARGET, Asked, DemoFailed, Stage, input_of
 from ridethrough.agents.demo.tell import Teller
+from ridethrough.runtime.drill.life import Life
 from ridethrough.runtime.events import Event
 from ridethrough.runtime.router.providers.simulated import Fault
 from ridethrough.runtime.views import RunView

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
@@ -18,14 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
-import anyio.abc
-from anyio.streams.buffered import BufferedByteReceiveStream
-
 from ridethrough.agents.demo import script, team
 from ridethrough.runtime import views
+from ridethrough.runtime.drill.life import Life, live
 from ridethrough.runtime.errors import Error, UsageError
-from ridethrough.runtime.events import EVENT, Event
 from ridethrough.runtime.options import Options
 from ridethrough.runtime.router.providers.simulated import SimulatedProvider
 
@@ -56,8 +50,6 @@ price = {{ input = 1.25, output = 10.0 }}
 models = ["north", "south"]
 patience = "1s"
 """
-
-LONGEST_LINE = 16 * 1024 * 1024
 
 
 class DemoFailed(Error):
@@ -129,60 +121,8 @@ class Stage:
     async def life(self, command: str, *arguments: str) -> AsyncGenerator[Life]:
         """A process that executes ``ridethrough COMMAND``; it does not outlive the block."""
         words = [command, *arguments, "--config", str(self.config), "--json"]
-        log = self.folder / f"{command}.log"
-        with log.open("wb") as errors:
-            process = await anyio.open_process(
-                [sys.executable, "-P", "-m", "ridethrough.cli", *words],
-                stdin=subprocess.DEVNULL,
-                stderr=errors,
-            )
-        try:
-            yield Life(process, log)
-        finally:
-            if process.returncode is None:
-                process.kill()
-            with anyio.CancelScope(shield=True):
-                await process.aclose()
-
-
-class Life:
-    """A process that executes the run, and what it says."""
-
-    def __init__(self, process: anyio.abc.Process, log: Path) -> None:
-        """``log`` has what it writes to standard error."""
-        assert process.stdout is not None
-        self._process = process
-        self._output = BufferedByteReceiveStream(process.stdout)
-        self._log = log
-        self.pid = process.pid
-
-    async def events(self) -> AsyncGenerator[Event]:
-        """The run's events, as ``--json`` prints them; ends with the process's output."""
-        while True:
-            try:
-                line = await self._output.receive_until(b"\n", LONGEST_LINE)
-            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError):
-                return
-            said = json.loads(line)
-            if "type" in said:
-                yield EVENT.validate_python(said)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the process is gone."""
-        return self._process.returncode is not None
-
-    def kill(self) -> None:
-        """SIGKILL: no handler runs, nothing is flushed, nothing is said goodbye to."""
-        self._process.kill()
-
-    async def end(self) -> int:
-        """Wait for the process to end; its status, negative if a signal ended it."""
-        return await self._process.wait()
-
-    def last_words(self) -> str:
-        """The end of what it wrote to standard error."""
-        return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+        async with live(words, self.folder / f"{command}.log") as life:
+            yield life
 
 
 def input_of(stage: Stage) -> str:

@@ -47,7 +47,7 @@ class Roster:
         self._stack = stack
         for name, provider in self.config.providers.items():
             if provider.kind == "simulated":
-                self._simulated[name] = await self._start_simulated(stack, provider)
+                self._simulated[name] = provider.base_url or await self._start_simulated(stack, provider)
 
     def close(self) -> None:
         """Forget everything; the stack closes what was open."""
