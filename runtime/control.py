@@ -167,12 +167,21 @@ def resume(store: Store, connection: Connection, run_id: str, now: float, me: st
         _revive(store, connection, row, now)
         return require(store, connection, run_id)
     require_free(store, connection, row, me)
+    _resume_children(store, connection, run_id, now)
     wanted = "cancel" if row.wanted == "cancel" else None  # a pause is withdrawn by this, a promise to cancel is not
     if row.worker_id is None:
         store.update_run(connection, run_id, wake_at=now, wanted=wanted)
     else:
         store.update_run(connection, run_id, wanted=wanted)
     return row
+
+
+def _resume_children(store: Store, connection: Connection, run_id: str, now: float) -> None:
+    """Let the children go on that wait for models, too; what a person has paused stays as it is."""
+    for child in store.children(connection, run_id):
+        if child.status == "paused" and child.pause_reason != "operator":
+            store.update_run(connection, child.id, wake_at=now)
+        _resume_children(store, connection, child.id, now)
 
 
 def _revive(store: Store, connection: Connection, row: StoredRow, now: float) -> None:

@@ -120,6 +120,7 @@ class Runtime(Launcher):
         self._router_error: Exception | None = None
         self._router_opening: anyio.Event | None = None
         self._router_closing, self._router_closed = anyio.Event(), anyio.Event()
+        self._resumed = False
         self._token: Token[Launcher | None] | None = None
         self.worker: Worker
 
@@ -242,6 +243,8 @@ class Runtime(Launcher):
         ledger = DatabaseLedger(self.worker.journal, self.store, worker_id=self.worker.worker_id)
         try:
             async with Router.open(self.config, ledger=ledger) as router:
+                if self._resumed:  # others may have told it that an account is used up
+                    router.ask_again()
                 self._router = router
                 opened.set()
                 await self._router_closing.wait()
@@ -252,6 +255,12 @@ class Runtime(Launcher):
             self._router = None
             opened.set()
             self._router_closed.set()
+
+    def _ask_again(self) -> None:
+        """Somebody resumes a run: what an account or a key was refused for may be mended."""
+        self._resumed = True
+        if self._router is not None:
+            self._router.ask_again()
 
     async def _close_router(self) -> None:
         if self._router is not None:
@@ -484,6 +493,7 @@ class Runtime(Launcher):
         row = await self.store.read(lambda connection: self._free_run(connection, run_id, me))
         workflow = self.worker.workflow(row)  # imports it, if need be; not before it is known to be ours to execute
         await self.worker.journal.do(lambda connection: control.resume(self.store, connection, run_id, now, me))
+        self._ask_again()
         self.worker.local.setdefault(row.workflow, workflow)
         self.worker.accept(row.root_id)
         if self._serve and run_id not in self.worker.resident:

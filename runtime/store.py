@@ -416,6 +416,13 @@ class Store:
         """The attempts of a run's model calls, in the order in which they ended."""
         return connection.execute(select(ATTEMPTS).where(ATTEMPTS.c.run_id == run_id).order_by(ATTEMPTS.c.seq)).all()
 
+    def count_failed(self, connection: Connection, run_id: str) -> int:
+        """How many attempts of a run have failed since a model answered it last."""
+        answered = select(func.max(STEPS.c.ended_at)).where(STEPS.c.run_id == run_id, STEPS.c.kind == "model")
+        failed = and_(ATTEMPTS.c.run_id == run_id, ATTEMPTS.c.verdict.not_in(("ok", "hedged", "abandoned")))
+        since = ATTEMPTS.c.started_at > func.coalesce(answered.scalar_subquery(), 0.0)
+        return int(connection.execute(select(func.count()).select_from(ATTEMPTS).where(failed, since)).scalar_one())
+
     def insert_attempts(self, cursor: DBAPICursor, rows: Sequence[tuple[Any, ...]]) -> None:
         """Append attempts (values in the order of ``ATTEMPT_COLUMNS``)."""
         cursor.executemany(self._insert_attempt, rows)

@@ -324,7 +324,9 @@ class Worker:
             return (), (), (), self._input(connection, claim.row)
         run_id, store = claim.row.id, self.store
         rows = store.journal(connection, run_id), store.waits(connection, [run_id]), store.intents(connection, run_id)
-        return *rows, self._input(connection, claim.row)
+        # What a dead worker had tried in vain is in no row of the run.
+        tried = store.count_failed(connection, run_id) if claim.recoveries > claim.row.recoveries else claim.row.tried
+        return *rows, self._input(connection, claim.row), tried
 
     def _input(self, connection: Connection, row: StoredRow) -> str:
         if row.input_ref is None:
@@ -372,6 +374,7 @@ class Worker:
         waits: Any = (),
         intents: Any = (),
         text: str = "{}",
+        tried: int = 0,
     ) -> Execution:
         """Begin to execute a run that this worker holds."""
         info = RunInfo(
@@ -385,7 +388,7 @@ class Worker:
             root_id=row.root_id,
             recoveries=recoveries,
             cwd=row.cwd,
-            tried=row.tried or 0,
+            tried=tried,
         )
         execution = Execution(self, info, seq=seq, steps=steps, waits=waits, intents=intents)
         execution.watchers = self.watchers.setdefault(row.id, []) if row.id in self.watchers else []

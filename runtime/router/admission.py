@@ -50,7 +50,9 @@ class Scope:
     def __init__(self, name: str, random: Random | None = None) -> None:
         """``name`` is for people."""
         self.name = name
-        self.shut_until = -math.inf
+        self.shut_until = self.forgiven = -math.inf
+        self.refused_at = -math.inf
+        """When this process was refused by the provider itself."""
         self.reason: ShutReason = ""
         self.detail = ""
         self.buckets: dict[str, Bucket] = {}
@@ -93,6 +95,12 @@ class Scope:
         longest = max(first, 3.0 * self._last_wait)
         self._last_wait = min(_LONGEST_WAIT[reason], first + (longest - first) * self._random.random())
         return self._last_wait
+
+    def reopen(self, now: float) -> None:
+        """What it was shut for is mended, somebody says: the next call tells."""
+        if not self.is_open(now):
+            self.forgiven, self.shut_until = self.shut_until, now
+            self.answered()
 
     def answered(self) -> None:
         """A call went through: the next wait is a short one."""

@@ -44,7 +44,7 @@ from ridethrough.runtime.errors import (
 )
 from ridethrough.runtime.events import ModelDelta, ModelReset
 from ridethrough.runtime.router import budget, cache, crowd, describe
-from ridethrough.runtime.router.admission import SHUT_REASONS, Queue, ShutReason, Waiter, serve
+from ridethrough.runtime.router.admission import SHUT_REASONS, Queue, Scope, ShutReason, Waiter, serve
 from ridethrough.runtime.router.attempt import Attempt
 from ridethrough.runtime.router.call import (
     QUEUE_SECONDS,
@@ -83,6 +83,9 @@ HOLD_GRACE = 60.0
 CROWDED: tuple[type[ModelError], ...] = (Overloaded, RateLimited, Slow)
 """Errors that fewer calls at once may help against."""
 
+FRESH_SECONDS = 10.0
+"""How long a refusal by an account is news, which nobody's word outweighs."""
+
 SLICE = 1.0
 """How long a call waits at most before it looks again whether waiting is worth it."""
 
@@ -110,6 +113,8 @@ class Router:
         self._flights = cache.SingleFlight()
         self._hedging = HedgingBudget()
         self._expected = crowd.Expected()
+        self._sent: dict[Scope, int] = {}
+        """Which key was sent last, by what it opens."""
         self._stack: AsyncExitStack | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._stir = anyio.Event()
@@ -333,7 +338,7 @@ class Router:
                     waiter = self._queue_up(call, now)
                     self._pump()
                 if waiter is not None and isinstance(waiter.granted, Place):
-                    place, waiter = waiter.granted, None
+                    place, waiter.granted = waiter.granted, None
                     return place
                 if waiter is not None and waiter.refused is not None:
                     raise waiter.refused
@@ -423,13 +428,21 @@ class Router:
             Auth: The credential is shut, and the route does not say that another provider may be asked then.
         """
         credential = deployment.credential
-        if credential.reason != "auth" or credential.is_open(now) or "auth" in call.route.failover:
+        if credential.reason != "auth" or credential.is_open(now):
+            return
+        if self._sent.get(credential) != self._key_of(deployment):
+            credential.reopen(now)  # the key has been changed meanwhile
+        if credential.is_open(now) or "auth" in call.route.failover:
             return
         siblings = self._roster.siblings(deployment, call.candidates)
         if not any(each.credential.is_open(now) for each in siblings):
             wait = credential.shut_until - now
             text = f"{credential.detail} (known since a moment ago; it is tried again in {wait:.0f} s)"
             raise Auth(text, deployment=deployment.name, retry_after=wait)
+
+    def _key_of(self, deployment: Deployment) -> int:
+        """Tell whether a key is another one, without keeping it."""
+        return hash(tuple(self._roster.credentials(deployment)[1]))
 
     def _pump(self) -> None:
         """Give places to those who wait, for as long as there are any."""
@@ -636,6 +649,7 @@ class Router:
         call.attempts += 1
         deployment = place.deployment
         headers, secrets = self._roster.credentials(deployment)
+        self._sent[deployment.credential] = hash(tuple(secrets))
         if self._roster.is_simulated(deployment.provider):
             headers = {**headers, **_labels(call.context)}
         return Attempt(
@@ -671,7 +685,7 @@ class Router:
             place = self._take(call, but=(race.attempts[0].deployment.name,))
             if place is not None and await self._pay(call, place):
                 hedge = await self._beside(call, race, place)
-        except (ConfigError, ModelError) as error:  # the first attempt is under way: go on with it
+        except (BudgetExceeded, ConfigError, ModelError) as error:  # the first attempt is under way: go on with it
             log.debug("no second attempt beside %s: %s", race.attempts[0].deployment.name, error)
         if hedge is None:
             self._hedging.give_back()
@@ -750,6 +764,7 @@ class Router:
         elif isinstance(failure, QuotaExhausted | Auth):
             reason: ShutReason = "quota" if isinstance(failure, QuotaExhausted) else "auth"
             deployment.credential.shut(now, reason, failure.retry_after, failure.message)
+            deployment.credential.refused_at = now
             gently, scope = True, deployment.credential
         else:
             return
@@ -965,10 +980,10 @@ class Router:
         if state.state in ("open", "half_open", "ramping"):  # perhaps it is well by now: one call tells
             health.expect_crowd(now, "another worker found it ill a while ago")
         reason = next((each for each in SHUT_REASONS if each == state.quota_reason), None)
-        if state.quota_until is not None and reason is not None:
+        if state.quota_until is not None and reason in ("rate", "quota"):  # of keys each process has its own
             until = state.quota_until - self._clock_offset
             scope = deployment.rates if reason == "rate" else deployment.credential
-            if until > max(now, scope.shut_until):
+            if until > max(now, scope.shut_until, scope.forgiven + 1.0):
                 scope.shut(now, reason, until - now, state.detail)
                 health.ease(now, gently=True)
 
@@ -1017,7 +1032,18 @@ class Router:
         cap = budget.usd_now(self.config.budgets, key)
         return crowd.room_for_money(cap, (await self.ledger.spending([key], now=now))[key], least)
 
-    # --- what people ask --------------------------------------------------------------------------------------------
+    # --- what people ask and say ------------------------------------------------------------------------------------
+
+    def ask_again(self) -> None:
+        """Somebody says that what accounts and keys were refused for is mended: the next call tells.
+
+        What was refused a moment ago stays refused: whoever says so of a thousand runs makes one call in ten seconds.
+        """
+        now = anyio.current_time()
+        for deployment in self._roster.deployments.values():
+            credential = deployment.credential
+            if credential.reason in ("quota", "auth") and now - credential.refused_at >= FRESH_SECONDS:
+                credential.reopen(now)
 
     def route(self, name: str) -> Route:
         """Return the settings of a route; a single model has the defaults.
