@@ -48,6 +48,8 @@ def run(page: Page, text: str) -> None:
         "```console\n$ true\na\n```",
         "```console\n$ false\n```",
         "```console\n$ false\n$ echo $?\n0\n```",
+        "<!-- numbers vary -->\n```console\n$ echo a 1\nb 1\n```",
+        "```console\n$ echo a 1\na 2\n```",
     ],
 )
 def test_what_is_wrong_fails(page: Page, text: str) -> None:
@@ -82,3 +84,17 @@ def test_what_is_right_passes(page: Page) -> None:
 )
 def test_expected_output(expected: str, shown: str, same: bool) -> None:
     assert matches(expected, shown) == same
+
+
+@pytest.mark.parametrize(
+    ("expected", "shown", "same"),
+    [
+        ("cost $1.3\n", "cost $1.4\n", True),
+        ("first 3 of 4 in 1.3 s\n", "first 30 of 40 in 12 ms\n", True),
+        ("share 80% 0%\n", "share 5% 12%\n", True),
+        ("  first  oo%xx.\n", "  first  oooooooxx\n", True),
+        ("lost 0 calls\n", "lost 0 runs\n", False),
+    ],
+)
+def test_measurements(expected: str, shown: str, same: bool) -> None:
+    assert matches(expected, shown, numbers=False) == same

@@ -11,6 +11,7 @@ line above it may say more::
         <!-- output -->              what the python block before it printed, the error it raised included
         <!-- picture -->             a drawing
     console                  `$ command` lines with the output that is expected of each (both streams together)
+        <!-- numbers vary -->        its output has measurements: numbers and timelines need not be the same
     toml                     a configuration that is accepted (with ``file:`` under a name that does not begin with
                              ``ridethrough.``: a scenario)
     json                     is JSON
