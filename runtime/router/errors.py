@@ -213,7 +213,7 @@ def classify(
         now: Seconds since the epoch, for dates in ``retry-after``.
     """
     low = {name.lower(): value for name, value in (headers or {}).items()}
-    found = find(status, body, low)
+    found = _found(status, body, low)
     kind = next((rule.error for rule in table if rule.matches(found)), ServerError)
     wait = retry_after(low, found, now=now)
     return kind(
@@ -247,6 +247,13 @@ def _describe(deployment: str, found: Finding, wait: float | None) -> str:
 # --- reading bodies -------------------------------------------------------------------------------------------------
 
 
+def _found(status: int | None, body: Any, headers: Mapping[str, str]) -> Finding:
+    try:
+        return find(status, body, headers)
+    except RecursionError:
+        return Finding(status, message="an error that is nested too deeply to be read")
+
+
 def find(status: int | None, body: Any, headers: Mapping[str, str] | None = None) -> Finding:
     """Read an error out of any of the shapes that providers send; names of ``headers`` are in lower case."""
     told = _amazon_type((headers or {}).get("x-amzn-errortype"))
@@ -259,7 +266,7 @@ def find(status: int | None, body: Any, headers: Mapping[str, str] | None = None
     message = str(error.get("message") or error.get("error") or error.get("detail") or "")
     upstream = _upstream(error)
     names = _lower((*values, *upstream.names, "request_above_limit" if _is_above_limit(message) else None))
-    code = next((str(value) for value in values if value), None)
+    code = next((str(value)[:100] for value in values if value and isinstance(value, str | int)), None)
     text = f"{message}: {upstream.message}" if upstream.message else message
     return Finding(_effective_status(status, error), code, names, text, error)
 
@@ -280,7 +287,7 @@ def _upstream(error: Mapping[str, Any]) -> Finding:
     return find(None, raw) if isinstance(raw, str | Mapping) else Finding()
 
 
-_ASKED = re.compile(r"\blimit:?\s*(\d[\d,]*)\b.{0,40}?\brequested:?\s*(\d[\d,]*)", re.I | re.S)
+_ASKED = re.compile(r"\blimit:?\s*(\d[\d,]{,20})\b.{,40}?\brequested:?\s*(\d[\d,]{,20})\b", re.I | re.S)
 
 
 def _is_above_limit(message: str) -> bool:
@@ -314,11 +321,11 @@ def _error_of(body: Any) -> Any:
 
 def _reasons(error: Mapping[str, Any]) -> Iterable[str]:
     """Yield the names that hide in details: ErrorInfo's reason, a per-day quota, OpenRouter's metadata."""
-    for detail in _details(error):
+    for detail in _objects(error.get("details")):
         if isinstance(reason := detail.get("reason"), str):
             yield reason
-        for violation in detail.get("violations") or ():
-            if isinstance(violation, Mapping) and "perday" in str(violation.get("quotaId", "")).lower():
+        for violation in _objects(detail.get("violations")):
+            if "perday" in str(violation.get("quotaId", "")).lower():
                 yield "per_day_quota"
     metadata = error.get("metadata")
     if isinstance(metadata, Mapping):
@@ -328,9 +335,9 @@ def _reasons(error: Mapping[str, Any]) -> Iterable[str]:
             yield "moderation_blocked"
 
 
-def _details(error: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    details = error.get("details")
-    return [detail for detail in details if isinstance(detail, Mapping)] if isinstance(details, list) else []
+def _objects(value: Any) -> Iterable[Mapping[str, Any]]:
+    """Return the objects in what should be a list of them."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _effective_status(status: int | None, error: Mapping[str, Any]) -> int | None:
@@ -339,7 +346,7 @@ def _effective_status(status: int | None, error: Mapping[str, Any]) -> int | Non
         return status
     for key in ("code", "status_code", "status"):
         value = error.get(key)
-        if isinstance(value, str) and value.isdigit():
+        if isinstance(value, str) and re.fullmatch("[0-9]{3}", value):
             value = int(value)
         if isinstance(value, int) and 400 <= value < 600:
             return value
@@ -395,7 +402,7 @@ def _until(date: str, now: float) -> float | None:
 
 def _from_body(found: Finding) -> float | None:
     if isinstance(found.body, Mapping):
-        for detail in _details(found.body):
+        for detail in _objects(found.body.get("details")):
             if isinstance(delay := detail.get("retryDelay"), str) and (wait := parse_go_duration(delay)) is not None:
                 return _sane(wait)
     hint = _HINT.search(found.message)

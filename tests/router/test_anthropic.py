@@ -536,6 +536,7 @@ BLOCKS: list[dict[str, Any]] = [
     {"type": "redacted_thinking", "data": "eA=="},
     text("Hé"),
     {"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}, "caller": {"type": "direct"}},
+    text("now"),
     {**THINKING, "signature": "bmV4dA=="},
     {"type": "tool_use", "id": "b", "name": "g", "input": {}},
 ]
@@ -561,12 +562,14 @@ STREAMED = [
     delta(4, "input_json_delta", partial_json='{"x"'),
     delta(4, "input_json_delta", partial_json=": 1}"),
     stop(4),
-    start(5, type="thinking", thinking="", signature=""),
-    delta(5, "thinking_delta", thinking="let me"),
-    delta(5, "signature_delta", signature="bmV4dA=="),
+    start(5, type="text", text="now"),
     stop(5),
-    start(6, type="tool_use", id="b", name="g", input={}),
+    start(6, type="thinking", thinking="", signature=""),
+    delta(6, "thinking_delta", thinking="let me"),
+    delta(6, "signature_delta", signature="bmV4dA=="),
     stop(6),
+    start(7, type="tool_use", id="b", name="g", input={}),
+    stop(7),
     end("tool_use"),
     STOP,
 ]
@@ -575,7 +578,7 @@ STREAMED = [
 def test_an_answer_is_the_same_streamed_whole_and_however_it_is_split() -> None:
     expected = whole(*BLOCKS, reason="tool_use")
     raw = b"".join(STREAMED)
-    assert expected.message.text == "\n\nHé"
+    assert expected.message.text == "\n\nHénow"
     assert [(call.id, call.arguments) for call in expected.message.tool_calls] == [("a", {"x": 1}), ("b", {})]
     assert (expected.finish, expected.model, expected.notes) == ("tool_calls", "m", ())
     assert read(raw) == expected
@@ -589,6 +592,13 @@ def test_an_answer_goes_back_as_it_came() -> None:
     answer = whole(*BLOCKS, reason="tool_use").message
     kept = AssistantMessage.model_validate_json(answer.model_dump_json())
     assert turns([user("q"), kept, result("a"), result("b")])[1][1] == BLOCKS[1:]  # without the blank text
+
+
+def test_text_behind_a_call_stays_behind_it() -> None:
+    use = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    answer = whole(use, text("done?"), reason="tool_use").message
+    assert answer.content == (TextPart(text="done?", after_calls=1),)
+    assert turns([user("q"), answer, result("a")])[1][1] == [use, text("done?")]
 
 
 def test_reasoning_of_another_provider_is_left_out() -> None:

@@ -188,10 +188,41 @@ from ridethrough.runtime.router.errors import TABLE, Rule, classify
         ),
         (None, {"error": {"code": "throttlingException", "message": "x"}}, errors.RateLimited),
         (None, {"__type": "com.amazon.coral#ThrottlingException", "message": "x"}, errors.RateLimited),
+        # Inside an answer of the Responses API, where nothing but the code tells.
+        (200, {"error": {"code": "image_content_policy_violation", "message": "x"}}, errors.ContentFilter),
+        (200, {"error": {"code": "vector_store_timeout", "message": "x"}}, errors.ServerError),
+        # What only looks like a status, a limit or a list.
+        (200, {"error": {"code": "²²²", "message": "x"}}, errors.ServerError),
+        (429, {"error": {"message": "Limit 5, requested " + "9" * 5000}}, errors.RateLimited),
+        (429, {"error": {"details": [{"violations": 7}, 7], "metadata": {"raw": 7}}}, errors.RateLimited),
     ],
 )
 def test_classification(status: int | None, body: Any, kind: type[ModelError]) -> None:
     assert type(classify(status, body)) is kind
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("invalid_image", "invalid_image_format", "invalid_base64_image", "invalid_image_url", "invalid_image_mode"),
+        *("image_too_large", "image_too_small", "image_file_too_large", "image_file_not_found", "image_parse_error"),
+        *("unsupported_image_media_type", "empty_image_file", "failed_to_download_image"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_the_requests_fault(code: str) -> None:
+    assert type(classify(200, {"error": {"code": code, "message": "x"}})) is errors.InvalidRequest
+
+
+def test_an_error_that_is_nested_without_end_is_one_of_the_servers() -> None:
+    body: dict[str, Any] = {}
+    for _ in range(900):
+        body = {"error": {"metadata": {"raw": body}}}
+    assert type(classify(200, body)) is errors.ServerError
+    assert type(classify(429, body)) is errors.RateLimited
+
+
+def test_a_code_that_is_none_is_not_told() -> None:
+    assert classify(400, {"error": {"code": {"a": 1}, "type": "x" * 500}}).code == "x" * 100
 
 
 @pytest.mark.parametrize(

@@ -311,18 +311,26 @@ def test_an_answer_goes_back_part_for_part() -> None:
         {"functionCall": {"id": "a", "name": "f", "args": {"x": 1}}, "thoughtSignature": "czQ="},
         {"text": "between", "thought": True},
         {"text": "and said", "thoughtSignature": "czU="},
+        {"text": "unsigned"},
         {"functionCall": {"id": "b", "name": "g", "args": {}}},
         {"text": "", "thoughtSignature": "czY="},
     ]
     answer = parse(chunk(*parts, finish="STOP"))
-    assert answer.message.text == "plainsignedplain againand said"
+    assert answer.message.text == "plainsignedplain againand saidunsigned"
     assert answer.finish == "tool_calls"
     stored = AssistantMessage.model_validate_json(answer.message.model_dump_json())
     assert model_parts(body(UserMessage(content="hi"), stored)) == parts
     elsewhere = body(UserMessage(content="hi"), stored, wire=GeminiGenerate("other"), model=OLD)
-    kept = ["text", "text", "text", "inlineData", "functionCall", "text", "functionCall"]
+    kept = ["text", "text", "text", "inlineData", "functionCall", "text", "text", "functionCall"]
     assert [next(iter(part)) for part in model_parts(elsewhere)] == kept
     assert "Signature" not in json.dumps(elsewhere)
+
+
+def test_text_behind_a_call_stays_behind_it() -> None:
+    call = {"functionCall": {"id": "a", "name": "f", "args": {}}, "thoughtSignature": "c2ln"}
+    answer = parse(chunk(call, {"text": "done?"}, finish="STOP"))
+    assert answer.message.content == (TextPart(text="done?", after_calls=1),)
+    assert model_parts(body(UserMessage(content="hi"), answer.message)) == [call, {"text": "done?"}]
 
 
 def test_what_the_provider_says_about_an_answer_is_kept_and_stays_here() -> None:

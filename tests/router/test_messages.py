@@ -72,6 +72,14 @@ def test_json_round_trip() -> None:
     assert (again.text, again.tool_calls[0].arguments) == ("hi", {})
 
 
+def test_a_place_among_calls_is_only_told_where_there_is_one() -> None:
+    parts = (TextPart(text="a"), TextPart(text="b", after_calls=1))
+    message = AssistantMessage(content=parts, tool_calls=(ToolCall(id="1", name="f"),))
+    told = message.model_dump(exclude_defaults=True)["content"]
+    assert told == ({"text": "a"}, {"text": "b", "after_calls": 1})
+    assert AssistantMessage.model_validate_json(message.model_dump_json()) == message
+
+
 def test_canonical_messages_are_kept_as_they_are() -> None:
     messages = conversation()
     request = ModelRequest(messages)

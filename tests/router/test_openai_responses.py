@@ -250,6 +250,32 @@ def comparable(item: dict[str, Any]) -> dict[str, Any]:
     return item
 
 
+def test_texts_among_calls_keep_their_places_without_an_envelope() -> None:
+    message = parsed(said("one"), called(1), said("two", 2), called(2), said("three", 3)).message
+    assert message.content == tuple(
+        TextPart(text=text, after_calls=n) for n, text in enumerate(["one", "two", "three"])
+    )
+    sent = items(message, *(ToolMessage(tool_call_id=f"call_{n}", content="ok") for n in (1, 2)))
+    assert [item.get("content") or item["call_id"] for item in sent[:5]] == ["one", "call_1", "two", "call_2", "three"]
+    apart = parsed(said("one"), said("two", 2)).message
+    assert [item["content"][0]["text"] if "type" in item else item["content"] for item in items(apart)] == [
+        "one",
+        "two",
+    ]
+
+
+def test_a_server_that_takes_nothing_among_calls_gets_them_together() -> None:
+    message = parsed(thought(1, content=[{"type": "reasoning_text", "text": "hm"}]), called(1), said("two"), called(2))
+    talk = (message.message, *(ToolMessage(tool_call_id=f"call_{n}", content="ok") for n in (1, 2)))
+    deepseek = OpenAIResponses("p", quirks=quirks_of("https://api.deepseek.com"))
+    sent = rendered(*talk, model="other", wire=deepseek)[0]["input"]
+    assert [item["type"] for item in sent] == ["reasoning", "message", CALL, CALL, RESULT, RESULT]
+    kinds = [item["type"] for item in items(*talk)]
+    assert kinds == ["reasoning", CALL, "message", CALL, RESULT, RESULT], (
+        "what one server got must not be kept for another"
+    )
+
+
 def test_text_alone_is_text_alone() -> None:
     answer = parsed(said("hello"))
     assert answer == Answer(
@@ -635,6 +661,10 @@ def test_broken_streams(pieces: list[bytes]) -> None:
         ),
         (
             event("response.failed", 1, response=response(error={"type": "invalid_request_error", "code": "x"})),
+            "InvalidRequest",
+        ),
+        (
+            event("response.failed", 1, response=response(status="failed", error={"code": "image_too_large"})),
             "InvalidRequest",
         ),
         (event("response.failed", 1, response=response(status="failed")), "ServerError"),
