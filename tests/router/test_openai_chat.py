@@ -178,6 +178,33 @@ def test_azure_takes_the_key_in_a_header_of_its_own() -> None:
     assert dialect("openai").authorize("k") == {"authorization": "Bearer k"}
 
 
+AZURE = "https://mine.openai.azure.com/openai"
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        (f"{AZURE}/v1", {"max_completion_tokens", "stream_options", "reasoning_effort"}),
+        (f"{AZURE}/v1?api-version=preview", {"max_completion_tokens", "stream_options", "reasoning_effort"}),
+        (f"{AZURE}/deployments/mine?api-version=2024-02-01", {"max_tokens"}),
+        (f"{AZURE}/deployments/mine?api-version=2024-10-21", {"max_completion_tokens", "stream_options"}),
+        (
+            f"{AZURE}/deployments/mine?api-version=2025-04-01-preview",
+            {"max_completion_tokens", "stream_options", "reasoning_effort"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "azure"])
+def test_azure_is_asked_only_what_its_version_knows(url: str, asked: set[str], name: str | None) -> None:
+    wire = OpenAIChat("p", quirks=quirks_of(url, name))
+    request = ModelRequest([UserMessage(content="hi")], max_tokens=7, reasoning="low")
+    rendered = wire.render(request, "gpt-5.2", stream=True)
+    assert rendered.path == "chat/completions"
+    assert json.loads(rendered.body).keys() == {"model", "stream", "messages", *asked}
+    assert bool(rendered.notes) is ("reasoning_effort" not in asked)
+    assert wire.authorize("k") == {"api-key": "k"}
+
+
 @pytest.mark.parametrize(
     ("name", "model", "asked", "fields"),
     [

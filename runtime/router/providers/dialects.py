@@ -5,6 +5,11 @@ nothing, as for most servers of one's own. Within a dialect, models differ too; 
 name changes. Each row says what a server refuses or needs, from its documentation or from what it answered; whatever
 is not known to differ is left as the inventor's server has it, since most servers ignore what they do not know.
 
+Azure has two forms. The newer is OpenAI's own, below ``https://X.openai.azure.com/openai/v1``. Of the older,
+``https://X.openai.azure.com/openai/deployments/D?api-version=V`` is the base URL: calls are made at the path below it
+and with its query, the deployment is what the URL names, and ``model`` is not read there, so it may be the model's true
+name, by which its quirks are known. What a version does not know yet it refuses (``_AZURE_VERSIONS``).
+
 An unknown server gets back what reasoning it gave, under the names it gave it. The alternative, never to send any,
 breaks the models that think between tool calls, and they are most of those that people serve themselves.
 """
@@ -16,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from ridethrough.runtime.config import nearest
 from ridethrough.runtime.errors import ConfigError
@@ -276,6 +281,15 @@ _HOSTS: Mapping[str, str] = {
 }
 """Host names, or the ends of some, and who answers there."""
 
+_AZURE_VERSIONS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    (
+        "2024-09-01",
+        {"max_tokens_key": "max_tokens", "stream_options": False, "schema": "json_object", "efforts": _NO_EFFORT},
+    ),
+    ("2024-12-01", {"efforts": _NO_EFFORT}),
+)
+"""Of the older form: what versions before a date lack. Those that are no date (``preview``) lack nothing."""
+
 _OLLAMA_PORT = ":11434"  # its default, which nothing else uses
 
 
@@ -288,11 +302,21 @@ def quirks_of(base_url: str, dialect: str | None = None) -> Quirks:
     if dialect is not None:
         if dialect.lower() not in DIALECTS:
             raise ConfigError(f"there is no dialect '{dialect}'{nearest(dialect.lower(), DIALECTS)}")
-        return DIALECTS[dialect.lower()]
+        return _azure(base_url) if dialect.lower() == "azure" else DIALECTS[dialect.lower()]
     name = of_host(base_url, _HOSTS)
     if name is None and urlsplit(base_url).netloc.endswith(_OLLAMA_PORT):
         name = "ollama"
+    if name == "azure":
+        return _azure(base_url)
     return DIALECTS[name] if name else Quirks()
+
+
+def _azure(base_url: str) -> Quirks:
+    """Return Azure's quirks at the version of its API that a URL names, if it names one."""
+    quirks = DIALECTS["azure"]
+    version = next(iter(parse_qs(urlsplit(base_url).query).get("api-version", ())), None)
+    lacks = next((lacks for until, lacks in _AZURE_VERSIONS if version is not None and version < until), {})
+    return replace(quirks, **lacks, models=tuple((names, {**more, **lacks}) for names, more in quirks.models))
 
 
 def of_host(base_url: str, known: Mapping[str, T]) -> T | None:
