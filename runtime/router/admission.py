@@ -24,7 +24,7 @@ from typing import Literal
 import anyio
 
 from ridethrough.runtime.config import RateLimits
-from ridethrough.runtime.errors import ModelError
+from ridethrough.runtime.errors import ConfigError, ModelError
 from ridethrough.runtime.router.context import PRIORITIES, PriorityClass
 from ridethrough.runtime.router.limits import Window
 
@@ -242,7 +242,7 @@ class Waiter:
     tries: int = 0
     event: anyio.Event = field(default_factory=anyio.Event)
     granted: object | None = None
-    refused: ModelError | None = None
+    refused: ModelError | ConfigError | None = None
     shed: bool = False
     gone: bool = False
 
@@ -316,7 +316,7 @@ class Queue:
         """Give a waiter what ``grant`` has for him, or the error that it raises; false when it has nothing."""
         try:
             waiter.granted = grant(waiter, claimed)
-        except ModelError as error:
+        except (ConfigError, ModelError) as error:
             waiter.refused = error
         if waiter.granted is None and waiter.refused is None:
             return False

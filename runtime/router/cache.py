@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -63,16 +64,29 @@ class _Flight:
     answer: ModelResponse | None = None
 
 
+class TooLate(Exception):
+    """Another call's answer did not come in time."""
+
+
 class SingleFlight:
     """Lets one of several equal calls do the work. If it fails, the next one tries: an error is nobody else's."""
 
     def __init__(self) -> None:
         self._under_way: dict[str, _Flight] = {}
 
-    async def do(self, key: str, work: Callable[[], Awaitable[ModelResponse]]) -> tuple[ModelResponse, bool]:
-        """Return the answer, and whether another call made it."""
+    async def do(
+        self, key: str, work: Callable[[], Awaitable[ModelResponse]], until: float = math.inf
+    ) -> tuple[ModelResponse, bool]:
+        """Return the answer, and whether another call made it.
+
+        Raises:
+            TooLate: It is ``until`` (on anyio's clock), and the other call is still under way.
+        """
         while (other := self._under_way.get(key)) is not None:
-            await other.landed.wait()
+            with anyio.CancelScope(deadline=until):
+                await other.landed.wait()
+            if not other.landed.is_set():
+                raise TooLate
             if other.answer is not None:
                 return other.answer, True
         self._under_way[key] = flight = _Flight()

@@ -170,7 +170,7 @@ class _Ramp:
         """Return how many calls a second are let in."""
         begun = now if self.begun is None else self.begun
         late = now - begun - max(HURRIED_AT_LEAST, 2.0 * (begun - self.shut_since))
-        return HURRY * usual * 2.0 ** min(20.0, max(0.0, late / DOUBLED_EVERY))
+        return HURRY * usual * math.pow(2.0, min(20.0, max(0.0, late / DOUBLED_EVERY)))
 
 
 class Health:
@@ -414,6 +414,13 @@ class Health:
         """Return the seconds after which a second attempt is worth it; ``None`` while nothing is known."""
         p95 = self.normal.first_at(size, 0.95)
         return None if p95 is None else max(0.25, 2.5 * p95)
+
+    def is_proven_slow(self, ticket: Ticket, now: float) -> bool:
+        """Whether a call that its caller gives up now was slow: he may just have been in a hurry."""
+        if ticket.first_token is not None:
+            return False
+        known = self.normal.first_at(ticket.size, 0.95) is not None
+        return ticket.overdue or now - ticket.started > (self.slow_after(ticket.size) if known else 1.0)
 
     def least_rate(self) -> float | None:
         """Return the tokens a second below which a stream counts as slow: a tenth of what is normal."""

@@ -278,7 +278,10 @@ class Router:
         if call.route.cache == "exact":
             if (fresh := await self._kept(call, key, call.route.cache_ttl)) is not None:
                 return fresh
-            response, shared = await self._flights.do(key, lambda: self._ask_and_keep(call, key))
+            try:
+                response, shared = await self._flights.do(key, lambda: self._ask_and_keep(call, key), call.until)
+            except cache.TooLate:
+                raise _too_late(call) from None
             return (
                 cache.from_cache(response.model_dump_json(), "asked at the same time by another")
                 if shared
@@ -389,13 +392,16 @@ class Router:
     def _take(self, call: Call, *, but: Collection[str] = ()) -> Place | None:
         """Take a place at the first candidate that has one now."""
         now = anyio.current_time()
+        allowed: list[Deployment] | None = None
         for deployment in call.candidates:
+            if allowed is not None and deployment not in allowed:
+                continue
             if deployment.name in but or deployment.name in call.too_dear or call.earliest(deployment) > now:
                 continue
-            self._refuse_known_bad_key(call, deployment, now)
+            allowed = self._instead_of_bad_key(call, deployment, now) or allowed
             if (place := self._place_at(call, deployment, now)) is not None:
                 return place
-        return None if but else self._last_resort(call, now)
+        return None if but or allowed is not None else self._last_resort(call, now)
 
     def _place_at(self, call: Call, deployment: Deployment, now: float) -> Place | None:
         tokens, health = _expected_tokens(call, deployment), deployment.health
@@ -421,24 +427,27 @@ class Router:
                 return Place(deployment, ticket, tokens)
         return None
 
-    def _refuse_known_bad_key(self, call: Call, deployment: Deployment, now: float) -> None:
+    def _instead_of_bad_key(self, call: Call, deployment: Deployment, now: float) -> list[Deployment] | None:
         """A key that was refused a moment ago is not tried again by every call, and not evaded by any.
+
+        Returns who may be asked after it: only the same vendor's with another key. ``None`` sets no bound.
 
         Raises:
             Auth: The credential is shut, and the route does not say that another provider may be asked then.
         """
         credential = deployment.credential
         if credential.reason != "auth" or credential.is_open(now):
-            return
+            return None
         if self._sent.get(credential) != self._key_of(deployment):
             credential.reopen(now)  # the key has been changed meanwhile
         if credential.is_open(now) or "auth" in call.route.failover:
-            return
+            return None
         siblings = self._roster.siblings(deployment, call.candidates)
         if not any(each.credential.is_open(now) for each in siblings):
             wait = credential.shut_until - now
             text = f"{credential.detail} (known since a moment ago; it is tried again in {wait:.0f} s)"
             raise Auth(text, deployment=deployment.name, retry_after=wait)
+        return siblings
 
     def _key_of(self, deployment: Deployment) -> int:
         """Tell whether a key is another one, without keeping it."""
@@ -487,7 +496,7 @@ class Router:
             call.blocked_since = None
             if now < min(call.until, (call.queued_since or now) + QUEUE_SECONDS):
                 return None
-            raise self._unavailable(call, now, max(1.0, ready - now))
+            raise self._too_busy(call, now, max(1.0, ready - now))
         if call.blocked_since is None:
             call.blocked_since = now
         answer = await self._below(call)
@@ -541,6 +550,13 @@ class Router:
         if len(shut) == len(call.candidates):  # else it was this call's bad luck, and only time tells
             error.awaits = call.awaits
         return error
+
+    def _too_busy(self, call: Call, now: float, wait: float) -> Unavailable:
+        if call.errors:
+            return self._unavailable(call, now, wait)
+        waited = now - (call.queued_since or now)
+        text = f"no place at '{call.name}' came free within {waited:.3g} s: its deployments are well, and busy"
+        return Unavailable(text, retry_after=wait, reason="overload")
 
     def _reason(self, call: Call, now: float, error: Unavailable) -> str:
         """Why nobody answers: what the account says of each, else the attempts' errors, else what is known of them."""
@@ -646,13 +662,12 @@ class Router:
         return None
 
     def _begin(self, call: Call, place: Place, *, hedged: bool = False) -> Attempt:
-        call.attempts += 1
         deployment = place.deployment
         headers, secrets = self._roster.credentials(deployment)
         self._sent[deployment.credential] = hash(tuple(secrets))
         if self._roster.is_simulated(deployment.provider):
             headers = {**headers, **_labels(call.context)}
-        return Attempt(
+        attempt = Attempt(
             deployment,
             call.request,
             place.ticket,
@@ -663,6 +678,8 @@ class Router:
             table=self._table,
             hedged=hedged,
         )
+        call.attempts += 1
+        return attempt
 
     async def _run(self, call: Call, race: Race) -> None:
         race.listen(self._tell(call))
@@ -720,7 +737,7 @@ class Router:
         deployment, now = attempt.deployment, anyio.current_time()
         place, failure = race.places[attempt], race.failures.get(attempt)
         lost = attempt is not race.winner and race.winner is not None
-        given_up = attempt.answer is None and failure is None
+        given_up = attempt.answer is None and (failure is None or _was_impatient(call, attempt, failure, now))
         verdict = self._book_health(attempt, failure, now, given_up=given_up, beaten=lost and not attempt.hedged)
         if attempt.reply_headers:
             deployment.rates.learn(read_limits(attempt.reply_headers, now=time.time()), now, time.time())
@@ -864,7 +881,8 @@ class Router:
             window = failed.context_window
             return [each for each in others if window and (each.context_window or 0) > window]
         if isinstance(failure, Auth):
-            return others if "auth" in call.route.failover else self._roster.siblings(failed, others)
+            siblings = self._roster.siblings(failed, others)
+            return sorted(others, key=lambda each: each not in siblings) if "auth" in call.route.failover else siblings
         if isinstance(failure, ContentFilter):
             return others if "content_filter" in call.route.failover else []
         if isinstance(failure, InvalidRequest):
@@ -1138,6 +1156,17 @@ def _nobody_may(route: str, refused: Mapping[str, str]) -> ModelError | ConfigEr
     return ConfigError(
         f"no deployment of '{route}' may answer this request ({told}): add one that can, or ask for less"
     )
+
+
+def _was_impatient(call: Call, attempt: Attempt, failure: ModelError, now: float) -> bool:
+    """Whether an attempt ended by its caller's own deadline, before that could speak against the deployment."""
+    own = isinstance(failure, Slow) and failure.phase == "total" and now >= call.until
+    return own and not attempt.deployment.health.is_proven_slow(attempt.ticket, now)
+
+
+def _too_late(call: Call) -> Unavailable:
+    text = f"the same question to '{call.name}' is being asked by another call, and this one's deadline is over"
+    return Unavailable(text, retry_after=0.0, reason="brownout")
 
 
 def _why_shut(deployment: Deployment, now: float) -> str:
