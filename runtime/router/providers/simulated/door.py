@@ -101,9 +101,9 @@ class Door:
         addresses = [(each.family, each.getsockname()) for each in self._sockets()]
         await self._listener.aclose()
         held = [_bound(family, address) for family, address in addresses]
-        for http in list(self._held):
-            http.abort()
         try:
+            for http in list(self._held):
+                http.abort()
             while (now := self._closed())[0]:
                 self._changed = anyio.Event()
                 with anyio.move_on_after(now[1]):
