@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -226,7 +226,7 @@ class Places:
 _numbers = itertools.count()
 
 LOOK_AHEAD = 100
-"""How many who cannot be served are passed over to find one who can, who waits for other deployments."""
+"""How many in a queue who cannot be served are passed over to find one who can, who waits for other deployments."""
 
 
 @dataclass(eq=False)
@@ -350,23 +350,25 @@ def serve(queues: Collection[Queue], grant: Grant, wanted: Callable[[Waiter], se
         now: Seconds.
     """
     claimed: set[str] = set()
-    passed: list[tuple[Queue, Waiter]] = []
+    passed: dict[Queue, list[Waiter]] = {queue: [] for queue in queues}
     try:
-        while len(passed) < LOOK_AHEAD and (found := _most_urgent(queues, claimed)) is not None:
+        while (found := _most_urgent(passed, claimed)) is not None:
             queue, waiter = found
             wants = wanted(waiter) - claimed
             if wants and queue.settle(waiter, grant, claimed, now):
                 continue
             claimed |= wants
             queue.pass_over(waiter)
-            passed.append((queue, waiter))
+            passed[queue].append(waiter)
     finally:
-        for queue, waiter in passed:
-            queue.put_back(waiter)
+        for queue, waiters in passed.items():
+            for waiter in waiters:
+                queue.put_back(waiter)
 
 
-def _most_urgent(queues: Collection[Queue], claimed: set[str]) -> tuple[Queue, Waiter] | None:
+def _most_urgent(passed: Mapping[Queue, list[Waiter]], claimed: set[str]) -> tuple[Queue, Waiter] | None:
     """Return who is the first of those that may be waiting for something that nobody has a claim on."""
-    firsts = [(queue, queue.first()) for queue in queues if not queue.names <= claimed]
+    open_ones = [queue for queue, over in passed.items() if len(over) < LOOK_AHEAD and not queue.names <= claimed]
+    firsts = [(queue, queue.first()) for queue in open_ones]
     waiting = [(queue, waiter) for queue, waiter in firsts if waiter is not None]
     return min(waiting, key=lambda each: each[1].key, default=None)

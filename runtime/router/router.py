@@ -927,10 +927,9 @@ class Router:
     def _degraded(self, call: Call, deployment: Deployment) -> Tier | None:
         """The tier that answered, when the route has a higher one."""
         tier = deployment.model.tier
-        tiers = [self._roster.model(name).tier for name in call.route.models]
         best: Tier | None = None
-        for each in tiers:
-            best = higher(best, each)
+        for name in call.route.models:
+            best = higher(best, self._roster.model(name).tier)
         return tier if tier is not None and higher(tier, best) != tier else None
 
     # --- the watch --------------------------------------------------------------------------------------------------

@@ -460,6 +460,20 @@ def test_a_look_at_a_long_queue_without_room_is_short() -> None:
     assert [len(each) for each in queues] == [1000] * 3
 
 
+def test_many_who_cannot_be_served_hide_nobody_in_another_queue() -> None:
+    many = queue_of(waiter(0, names="ab"), *[waiter(0, names="a") for _ in range(1000)])
+    other = queue_of(late := waiter(50, names="c"))
+    served: list[Waiter] = []
+
+    def grant(each: Waiter, claimed: Collection[str]) -> str | None:
+        served.append(each)
+        return "c" if "c" in each.names else None
+
+    serve([many, other], grant, lambda each: set(each.names) - {"b"}, 60)
+    assert late.granted == "c"
+    assert len(served) == 2
+
+
 def test_an_error_is_the_waiters_own() -> None:
     first, second = waiter(0), waiter(1)
     queue = queue_of(first, second)
