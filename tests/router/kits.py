@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ridethrough.runtime.errors import StreamBroken
 from ridethrough.runtime.router import messages as canonical
 from ridethrough.runtime.router.messages import (
     ImagePart,
@@ -419,3 +420,17 @@ def began(here: str, provider: str, mark: str, *, image: bool = False) -> list[M
     answer = WIRES[here].reply(provider, mark)
     start: list[Message] = [SystemMessage(content="be brief"), UserMessage(content="look here and there")]
     return [*start, answer.message, *results(answer, image=image)]
+
+
+def whole_before(wire: Wire, raw: bytes, end: int, step: int = 1) -> list[int]:
+    """Return the places before ``end`` where a stream can be cut and still gives an answer: there should be none."""
+    whole: list[int] = []
+    for size in range(0, end, step):
+        stream = wire.stream("d")
+        stream.feed(raw[:size])
+        try:
+            stream.close()
+        except StreamBroken:
+            continue
+        whole.append(size)
+    return whole

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from tests.router.kits import whole_before
 
 from ridethrough.runtime import errors
 from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
@@ -586,6 +587,11 @@ def test_an_answer_is_the_same_streamed_whole_and_however_it_is_split() -> None:
     for seed in range(30):
         cuts = sorted(random.Random(seed).sample(range(1, len(raw)), 25))
         assert read(*(raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True))) == expected
+
+
+def test_a_stream_that_is_cut_anywhere_is_no_answer() -> None:
+    raw = b"".join(STREAMED)
+    assert whole_before(WIRE, raw, raw.rindex(b"}"), step=3) == []
 
 
 def test_an_answer_goes_back_as_it_came() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+from tests.router.kits import whole_before
 
 from ridethrough.runtime.errors import ContentFilter, ModelError, Overloaded, ServerError, StreamBroken
 from ridethrough.runtime.router.errors import TABLE, Rule
@@ -388,6 +389,12 @@ def test_a_stream_is_the_same_however_it_is_split_and_framed() -> None:
             cuts = sorted(rng.sample(range(1, len(whole)), 25))
             assert read(*(whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True))) == expected
         assert read(*(bytes([byte]) for byte in whole)) == expected
+
+
+def test_a_stream_that_is_cut_anywhere_before_its_reason_is_no_answer() -> None:
+    array = json.dumps(CHUNKS).encode()
+    for raw in (events(CHUNKS), array, array.replace(b"}, {", b"}\n{")[1:-1]):
+        assert whole_before(WIRE, raw, raw.index(b"STOP"), step=3) == []
 
 
 def test_what_a_stream_tells_on_its_way() -> None:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from tests.router.kits import whole_before
 
 from ridethrough.runtime.errors import ConfigError, ModelError, ServerError, StreamBroken
 from ridethrough.runtime.router.messages import (
@@ -485,6 +486,12 @@ def test_a_stream_is_the_same_however_it_is_split() -> None:
         cuts = sorted(rng.sample(range(1, len(whole)), 25))
         assert read(*(whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True))) == expected
     assert read(*(bytes([byte]) for byte in whole)) == expected
+
+
+def test_a_stream_that_is_cut_anywhere_before_its_reason_is_no_answer() -> None:
+    calls = [chunk(call(0, '{"x": ', id="a", name="f")), chunk(call(0, "1}")), chunk(call(1, "{}", id="b", name="g"))]
+    raw = b"".join([chunk({"content": "Hé"}), *calls, chunk({}, "tool_calls"), chunk(usage=USAGE), DONE])
+    assert whole_before(WIRE, raw, raw.index(b'"tool_calls"}]')) == []
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])

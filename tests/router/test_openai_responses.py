@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from tests.router.kits import whole_before
 
 from ridethrough.runtime.errors import ModelError, ServerError, StreamBroken
 from ridethrough.runtime.router.messages import (
@@ -559,6 +560,11 @@ def test_a_stream_is_the_same_however_it_is_split() -> None:
         answer, text, other = read(split)
         assert (answer, text, other.progress) == (expected, "Héllo", stream.progress)
     assert read([bytes([byte]) for byte in whole])[0] == expected
+
+
+def test_a_stream_that_is_cut_anywhere_is_no_answer() -> None:
+    raw = b"".join(numbered(*EVENTS))
+    assert whole_before(WIRE, raw, raw.rindex(b"}"), step=7) == []
 
 
 def test_progress_is_output_and_nothing_else() -> None:

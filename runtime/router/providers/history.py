@@ -169,18 +169,11 @@ def _places(calls: Sequence[ToolCall]) -> dict[str, list[int]]:
 
 # --- what is left out -----------------------------------------------------------------------------------------------
 
-_TRIFLES = frozenset(
-    # What is said about an answer whose text is all there: nobody else misses it.
-    (
-        "message",
-        "annotations",
-        "citations",
-        "search_results",
-        "groundingMetadata",
-        "citationMetadata",
-        "urlContextMetadata",
-    )
+_TRIFLES = (
+    *("message", "annotations", "citations", "search_results"),
+    *("groundingMetadata", "citationMetadata", "urlContextMetadata"),
 )
+"""What is said about an answer whose text is all there, and the frame that it came in: nobody else misses them."""
 _SIGNATURES = ("thoughtSignature", "extra_content")
 """Where thoughts ride on calls instead of standing by themselves."""
 
