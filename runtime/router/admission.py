@@ -34,6 +34,11 @@ CLASS_SECONDS = 30.0
 TRY_SECONDS = 10.0
 """What a failed attempt costs in the order: who has tried already lets others find out whether it goes again."""
 
+ORDINARY_TOKENS, LEAST_REST = 2000.0, 0.5
+"""What a call is taken to need of a window of tokens, and the seconds that are waited at least for a used-up one."""
+
+LONGEST_REST = 3600.0
+
 ShutReason = Literal["", "rate", "quota", "auth"]
 SHUT_REASONS: tuple[ShutReason, ...] = ("rate", "quota", "auth")
 
@@ -115,13 +120,11 @@ class Scope:
                     self.buckets[kind] = Bucket(per_minute / 60.0)
 
     def learn(self, windows: Iterable[Window], now: float, wall: float) -> None:
-        """Take what the provider says of its limits: a window that is used up shuts the scope until its reset."""
+        """Take what the provider says of its limits: a window that is used up shuts the scope for a while."""
         for window in windows:
             self.windows[window.kind] = window
-            if window.remaining is not None and window.remaining < 1 and window.resets_at is not None:
-                rest = window.resets_at - wall
-                if 0 < rest <= 3600:
-                    self.shut(now, "rate", rest, f"its {window.kind} are used up, by its provider's own count")
+            if rest := _rest_of(window, wall):
+                self.shut(now, "rate", rest, f"its {window.kind} are used up, by its provider's own count")
 
     def wait(self, now: float, tokens: float) -> float:
         """Return the seconds until a call of so many tokens may begin: 0 when it may now."""
@@ -146,6 +149,23 @@ class Scope:
         """Book what a call really used in the place of its estimate."""
         if "tokens" in self.buckets:
             self.buckets["tokens"].take(now, used - estimated)
+
+
+def _rest_of(window: Window, wall: float) -> float:
+    """Return the seconds until a used-up window has room for a call; 0 when it is not used up.
+
+    The windows of most providers are buckets that fill steadily, and their reset is when they are full again: to wait
+    for that would waste nearly all of a small limit. A fixed window answers 429 once more and says how long.
+    """
+    if window.remaining is None or window.remaining >= 1 or window.resets_at is None:
+        return 0.0
+    rest = window.resets_at - wall
+    if not 0 < rest <= LONGEST_REST:
+        return 0.0  # in the past, absurd, or no number: it says nothing
+    if window.limit and window.per_seconds:
+        need = 1.0 if window.kind == "requests" else ORDINARY_TOKENS
+        rest = min(rest, max(LEAST_REST, need * window.per_seconds / window.limit))
+    return rest
 
 
 def _needs(tokens: float) -> tuple[tuple[str, float], ...]:
@@ -180,6 +200,30 @@ class Bucket:
             self._level = min(self.size, self._level + self.rate * (now - (self._at if self._at is not None else now)))
             self._at = now
         return self._level
+
+
+class Retries:
+    """What one deployment may be asked again by calls that it has failed already (the AWS SDKs' retry quota).
+
+    A retry takes one token, after a time-out two, and ten answers give one back. So a deployment that fails a little is
+    tried again at once, and one that fails everybody is not asked three times as often for it.
+    """
+
+    MOST, EARNED = 10.0, 0.1
+
+    def __init__(self) -> None:
+        self.tokens = self.MOST
+
+    def earn(self) -> None:
+        """A call was answered."""
+        self.tokens = min(self.MOST, self.tokens + self.EARNED)
+
+    def take(self, cost: float) -> bool:
+        """Whether one more retry may be made."""
+        if self.tokens < cost:
+            return False
+        self.tokens -= cost
+        return True
 
 
 # --- places ---------------------------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ class Attempt:
         self.request_id: str | None = None
         self.reply_headers: Mapping[str, str] = {}
         self.hedged = hedged
+        self.number = 1
+        """Which attempt of its call it is."""
         self.shown = False
         self.scope = anyio.CancelScope()
         self.rendered: Rendered = deployment.wire.render(request, deployment.model.model, stream=stream)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ridethrough.runtime.config import Model, Price
 from ridethrough.runtime.router import prices
-from ridethrough.runtime.router.admission import Places, Scope
+from ridethrough.runtime.router.admission import Places, Retries, Scope
 from ridethrough.runtime.router.health import Health, Quantiles
 from ridethrough.runtime.router.messages import Usage
 from ridethrough.runtime.router.prices import CostOf, Listing
@@ -38,6 +38,7 @@ class Deployment:
     context_window: int | None = None
     looked_up: bool = False
     output: Quantiles = field(default_factory=Quantiles)
+    retries: Retries = field(default_factory=Retries)
 
     def __post_init__(self) -> None:
         """Take what is configured; the rest is looked up at the first call."""

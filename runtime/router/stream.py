@@ -13,6 +13,7 @@ from typing import Literal
 
 import anyio
 
+from ridethrough.runtime.errors import UsageError
 from ridethrough.runtime.events import ModelDelta, ModelReset
 from ridethrough.runtime.router.messages import ModelResponse
 
@@ -36,7 +37,7 @@ class Pipe:
         self._came = anyio.Event()
         self._scope = anyio.CancelScope()
         self._error: Exception | None = None
-        self._ended = False
+        self._ended = self._finished = False
 
     def put(self, event: StreamEvent) -> None:
         """Add an event."""
@@ -48,6 +49,7 @@ class Pipe:
         try:
             with self._scope:
                 self.put(await ask())
+                self._finished = True
         except Exception as error:
             self._error = error
         finally:
@@ -59,10 +61,13 @@ class Pipe:
 
         Raises:
             Exception: What the call raised.
+            UsageError: The router was closed meanwhile.
         """
         while not self._events:
             if self._error is not None:
                 raise self._error
+            if self._ended and not self._finished:
+                raise UsageError("the router was closed in the middle of this stream: keep it open until the end")
             if self._ended:
                 return None
             await self._came.wait()

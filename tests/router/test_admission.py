@@ -17,6 +17,7 @@ from ridethrough.runtime.router.admission import (
     Bucket,
     Places,
     Queue,
+    Retries,
     Scope,
     ShutReason,
     Waiter,
@@ -126,12 +127,12 @@ def window(remaining: float | None, rest: float | None) -> Window:
     return Window("requests", 100, remaining, None if rest is None else WALL + rest, 60.0)
 
 
-def test_a_used_up_window_shuts_it_until_its_reset() -> None:
+def test_a_used_up_window_shuts_it_until_there_is_room_for_a_call() -> None:
     one = scope()
     one.learn([window(3, 30)], 50, WALL)
     assert one.is_open(50)
     one.learn([window(0, 30)], 50, WALL)
-    assert one.wait(50, 1) == pytest.approx(30)
+    assert one.wait(50, 1) == pytest.approx(0.6)
     assert one.reason == "rate"
 
 
@@ -547,3 +548,34 @@ def test_places_are_given_by_urgency_and_none_is_held_back(actions: list[tuple[s
     for queue in queues:
         assert len(queue) == sum(not each.gone for own, each in everybody if own is queue) <= bound
         assert all(each.shed or each.granted or each.gone for own, each in everybody if own is queue and each.gone)
+
+
+# --- retries and windows --------------------------------------------------------------------------------------------
+
+
+def test_retries_are_used_up_by_failures_and_earned_by_answers() -> None:
+    retries = Retries()
+    assert all(retries.take(1.0) for _ in range(10))
+    assert not retries.take(1.0)
+    for _ in range(19):
+        retries.earn()
+    assert not retries.take(2.0)
+    retries.earn()
+    assert retries.take(2.0)
+
+
+@pytest.mark.parametrize(
+    ("window", "wait"),
+    [
+        (Window("requests", 60, 0, WALL + 60, 60), 1.0),
+        (Window("requests", 6000, 0, WALL + 60, 60), 0.5),
+        (Window("tokens", 60_000, 0, WALL + 60, 60), 2.0),
+        (Window("requests", None, 0, WALL + 7, None), 7.0),
+        (Window("requests", 10, 0, WALL + 7, 86_400), 7.0),
+        (Window("requests", 60, 1, WALL + 60, 60), 0.0),
+    ],
+)
+def test_a_window_that_fills_steadily_is_not_waited_for_until_it_is_full(window: Window, wait: float) -> None:
+    scope = Scope("account")
+    scope.learn([window], now=100.0, wall=WALL)
+    assert max(0.0, scope.shut_until - 100.0) == pytest.approx(wait)
