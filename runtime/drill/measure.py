@@ -48,15 +48,91 @@ def _plain(part: Any) -> Any:
 
 def measure(drill: Evidence, baseline: Evidence | None, ill: Mapping[str, Illness]) -> dict[str, Measured]:
     """Return all that a scenario may have expectations of, by name."""
-    cut = cut_off(drill)
+    calls = calls_of(drill)
     return {
         "lost": lost(drill),
-        "repeated": repeated(drill, baseline),
-        "wasted": wasted(drill, cut),
+        "repeated": repeated(drill, baseline, calls),
+        "wasted": wasted(drill, calls),
         "delay": delay(drill, baseline),
         "cost": cost(drill),
         "return": back(drill, baseline, ill),
     }
+
+
+# --- calls ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What became of the requests: ``finished`` were answered whole and taken, ``cut_off`` died with a process."""
+
+    finished: Sequence[Request]
+    cut_off: Sequence[Request]
+
+
+def calls_of(drill: Evidence) -> Calls:
+    """Sort the requests.
+
+    An answer to an attempt that the router had given up is none. What was on its way when a process was killed was
+    cut off; so was what had been answered so shortly before that it was not on record.
+    """
+    taken = _taken(drill)
+    open_ = [
+        each
+        for kill in drill.course.kills
+        for each in drill.requests
+        if each.started < kill.at and (each.ended is None or each.ended > kill.at)
+    ]
+    closed = [each for each in taken if each not in open_]
+    air = _in_the_air(drill, closed)
+    return Calls([each for each in closed if each not in air], [*open_, *air])
+
+
+def _taken(drill: Evidence) -> list[Request]:
+    """The whole answers, without those to attempts that the router had given up.
+
+    Who has read an answer's last event may close before the server is done: the router's word counts then.
+    """
+    found = [each for each in drill.requests if each.whole]
+    left = [each for each in drill.requests if each.error == "client"]
+    for run_id, attempt in drill.attempts:
+        wrong = found if attempt.wasted else left if _answered(attempt) else []
+        match = next((each for each in wrong if _is_of(each, run_id, attempt)), None)
+        if match is not None:
+            wrong.remove(match)
+            found += [] if attempt.wasted else [match]
+    return found
+
+
+def _is_of(request: Request, run_id: str, attempt: AttemptView) -> bool:
+    """Whether a request is that of an attempt, and did not end before it."""
+    if request.run != run_id or request.deployment != attempt.deployment:
+        return False
+    started = attempt.started_at.timestamp()
+    left = started + attempt.seconds
+    return abs(request.started - started) < MATCHING and (request.ended or left) > left - 0.05
+
+
+def _in_the_air(drill: Evidence, answered: Sequence[Request]) -> list[Request]:
+    """The answers that a kill caught before they were on record."""
+    runs = {run.id: run for run in drill.all_runs}
+    found: list[Request] = []
+    for kill in drill.course.kills:
+        before: dict[str | None, list[Request]] = {}
+        for each in answered:
+            if each.ended is not None and each.ended <= kill.at and each not in found:
+                before.setdefault(each.run, []).append(each)
+        for run_id in {each.run for each in answered if kill.at - IN_THE_AIR < (each.ended or 0.0) <= kill.at}:
+            mine = sorted(before.get(run_id, ()), key=lambda each: each.ended or 0.0)
+            missing = len(mine) - (_on_record(runs[run_id], kill.at) if run_id in runs else 0)
+            young = [each for each in mine if (each.ended or 0.0) > kill.at - IN_THE_AIR]
+            found += young[-missing:] if missing > 0 else []
+    return found
+
+
+def _on_record(run: RunView, moment: float) -> int:
+    ends = [step.ended_at for step in run.steps or () if step.kind == "model" and step.status == "done"]
+    return sum(end is not None and end.timestamp() <= moment for end in ends)
 
 
 # --- lost -----------------------------------------------------------------------------------------------------------
@@ -78,22 +154,20 @@ def _failed_calls(run: RunView) -> int:
 # --- repeated -------------------------------------------------------------------------------------------------------
 
 
-def repeated(drill: Evidence, baseline: Evidence | None) -> Measured:
+def repeated(drill: Evidence, baseline: Evidence | None, calls: Calls) -> Measured:
     """Finished model calls that were made again, and tool calls whose function was begun again.
 
     A model call is known by what was asked (and by its run); what a run of the baseline asks several times may be
-    asked as often here. An answer that no attempt of the router took is none, and neither is one that came so shortly
-    before a kill that it was not on record.
+    asked as often here. A tool is not believed that it may be repeated: whether a ``read`` reads is for people to see.
     """
-    air = in_the_air(drill)
-    answers = Counter((each.run, each.digest) for each in _taken(drill) if each not in air)
+    answers = Counter((each.run, each.digest) for each in calls.finished)
     usual = _usual(baseline)
-    calls = sum(max(0, times - max(1, usual[digest])) for (_, digest), times in answers.items())
-    again = [each for each in drill.tools if each.begun > 1]
-    times = sum(each.begun - 1 for each in again)
-    tools = Counter((each.tool, each.effect) for each in again)
+    again = sum(max(0, times - max(1, usual[digest])) for (_, digest), times in answers.items())
+    begun = [each for each in drill.tools if each.begun > 1]
+    times = sum(each.begun - 1 for each in begun)
+    tools = Counter((each.tool, each.effect) for each in begun)
     told = [{"tool": tool, "effect": effect, "calls": count} for (tool, effect), count in sorted(tools.items())]
-    return Measured(calls + times, {"model_calls": calls, "tool_calls": times, "tools": told})
+    return Measured(again + times, {"model_calls": again, "tool_calls": times, "tools": told})
 
 
 def _usual(baseline: Evidence | None) -> Counter[str]:
@@ -105,59 +179,10 @@ def _usual(baseline: Evidence | None) -> Counter[str]:
     return usual
 
 
-def _taken(drill: Evidence) -> list[Request]:
-    """The whole answers, without those to attempts that the router had given up."""
-    given_up = [(run_id, attempt) for run_id, attempt in drill.attempts if attempt.wasted]
-    found = [each for each in drill.requests if each.whole]
-    for run_id, attempt in given_up:
-        late = next((each for each in found if _is_of(each, run_id, attempt)), None)
-        if late is not None:
-            found.remove(late)
-    return found
-
-
-def _is_of(request: Request, run_id: str, attempt: AttemptView) -> bool:
-    """Whether a request is that of an attempt which ended before the answer did."""
-    if request.run != run_id or request.deployment != attempt.deployment:
-        return False
-    started = attempt.started_at.timestamp()
-    left = started + attempt.seconds
-    return abs(request.started - started) < MATCHING and (request.ended or left) > left - 0.05
-
-
-def in_the_air(drill: Evidence) -> list[Request]:
-    """The answers that a kill caught before they were on record."""
-    found: list[Request] = []
-    for kill in drill.course.kills:
-        for run in drill.all_runs:
-            before = [each for each in _taken(drill) if each.run == run.id and (each.ended or kill.at) <= kill.at]
-            kept = sum(each in found for each in before)
-            missing = len(before) - kept - _on_record(run, kill.at)
-            young = [each for each in before if (each.ended or 0.0) > kill.at - IN_THE_AIR]
-            found += young[-missing:] if missing > 0 else []
-    return found
-
-
-def _on_record(run: RunView, moment: float) -> int:
-    ends = [step.ended_at for step in run.steps or () if step.kind == "model" and step.status == "done"]
-    return sum(end is not None and end.timestamp() <= moment for end in ends)
-
-
 # --- wasted, cost ---------------------------------------------------------------------------------------------------
 
 
-def cut_off(drill: Evidence) -> list[Request]:
-    """The requests that died with a process: on their way, or answered and not on record."""
-    open_ = [
-        each
-        for kill in drill.course.kills
-        for each in drill.requests
-        if each.started < kill.at and (each.ended is None or each.ended > kill.at)
-    ]
-    return [*open_, *in_the_air(drill)]
-
-
-def wasted(drill: Evidence, cut: Sequence[Request]) -> Measured:
+def wasted(drill: Evidence, calls: Calls) -> Measured:
     """Attempts that failed, were abandoned, or lost against another one; and what a kill cut off."""
     attempts = [attempt for _, attempt in drill.attempts if attempt.wasted]
     kinds = Counter(attempt.verdict for attempt in attempts)
@@ -166,18 +191,17 @@ def wasted(drill: Evidence, cut: Sequence[Request]) -> Measured:
         "failed": failed,
         "abandoned": kinds["abandoned"],
         "hedged": kinds["hedged"] + kinds["ok"],
-        "cut_off": len(cut),
+        "cut_off": len(calls.cut_off),
     }
-    return Measured(len(attempts) + len(cut), parts)
+    return Measured(len(attempts) + len(calls.cut_off), parts)
 
 
 def cost(drill: Evidence) -> Measured:
-    """USD as the database has it; of what a kill cut off nobody knows."""
-    attempts = [attempt for _, attempt in drill.attempts]
-    total = sum(attempt.cost_usd or 0.0 for attempt in attempts)
-    waste = sum(attempt.cost_usd or 0.0 for attempt in attempts if attempt.wasted)
-    unknown = sum(attempt.cost_usd is None for attempt in attempts)
-    return Measured(total, {"wasted": waste, "unpriced_attempts": unknown})
+    """USD as the database has it, of steps and of attempts that were wasted; of what a kill cut off nobody knows."""
+    kept = sum(run.cost_usd for run in drill.all_runs)
+    waste = sum(attempt.cost_usd or 0.0 for _, attempt in drill.attempts if attempt.wasted)
+    unknown = sum(run.usage.unpriced_calls for run in drill.all_runs)
+    return Measured(kept + waste, {"wasted": waste, "unpriced_calls": unknown})
 
 
 # --- delay ----------------------------------------------------------------------------------------------------------
@@ -209,19 +233,23 @@ def durations(evidence: Evidence) -> list[float]:
 
 @dataclass(frozen=True)
 class Back:
-    """How a deployment came back: seconds from the end of its faults, ``None`` where that was not seen."""
+    """How a deployment came back: seconds from the end of its faults, ``None`` where that was not seen.
+
+    ``asked`` is how often it was asked since, ``seen`` how often any of its routes was, in the ``watched`` seconds.
+    """
 
     end: float
     answers: float | None
     share: float | None
     usual_share: float | None
     asked: int
+    seen: int
     watched: float
 
     @property
     def seconds(self) -> float | None:
         """When it had its share again, or answered, where a share cannot be told."""
-        return self.answers if self.usual_share is None else self.share
+        return self.answers if self.usual_share is None or self.seen < LEAST_LOOKED_AT else self.share
 
     @property
     def counts(self) -> bool:
@@ -260,9 +288,10 @@ def comes_back(name: str, ill: Illness, drill: Evidence, baseline: Evidence | No
     return Back(
         end,
         min(answered, default=None),
-        None if regained is None else _at(drill, regained) - end,
+        None if regained is None else _at(drill, regained) + regained.seconds - end,
         usual,
         len(own),
+        len(later),
         max(0.0, course.seconds_at(course.ended) - end),
     )
 

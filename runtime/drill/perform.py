@@ -72,7 +72,17 @@ def perform(order: Order, teller: Teller) -> Report:
     asked = models_asked(order.work("drill", Plan(1, 1)).start(1).workflow)
     config = completed(order.config, asked)
     says = scripts_of(config, order.script, order.scenario)
-    return anyio.run(_until_interrupted, _Performance(order, config, asked, says, teller))
+    try:
+        return anyio.run(_until_interrupted, _Performance(order, config, asked, says, teller))
+    except ExceptionGroup as group:
+        raise _only(group) from None
+
+
+def _only(group: Exception) -> Exception:
+    """What went wrong in the task groups, when it was one thing."""
+    while isinstance(group, ExceptionGroup) and len(group.exceptions) == 1:
+        group = group.exceptions[0]
+    return group
 
 
 async def _until_interrupted(performance: _Performance) -> Report:

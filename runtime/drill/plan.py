@@ -58,7 +58,7 @@ def drill_plan(runs: int | None, concurrency: int | None, span: float) -> Plan:
         span: Seconds that the schedule lasts.
     """
     if runs is not None:
-        interval = 0.0 if concurrency is not None else span / runs
+        interval = 0.0 if concurrency is not None or runs == 1 else (span + AFTER) / (runs - 1)
         return Plan(runs, concurrency or runs, interval, least=runs)
     until = span + AFTER
     return Plan(MOST_RUNS, concurrency or AT_A_TIME, until / MOST_RUNS, LEAST_RUNS, until)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ridethrough.runtime.drill.evidence import Evidence, Request
 from ridethrough.runtime.drill.ground import Ground, shown
-from ridethrough.runtime.drill.measure import Back, Measured, cut_off, durations, measure
+from ridethrough.runtime.drill.measure import Back, Calls, Measured, calls_of, durations, measure
 from ridethrough.runtime.drill.windows import Illness
 from ridethrough.runtime.router.providers.simulated import MEASURES, Expectation, Scenario
 from ridethrough.runtime.views import AttemptView, RunView
@@ -149,7 +149,7 @@ def report_of(facts: Facts) -> Report:
         {"started": len(drill.runs), **done},
         measures,
         verdicts(facts.scenario.expect, measures, has_baseline=baseline is not None),
-        [_row(facts, each.deployment, measures["return"]) for each in facts.ground.line if _is_used(facts, each)],
+        _rows(facts, measures["return"]),
         len(course.kills),
         _pauses(drill),
         _degraded(drill),
@@ -243,18 +243,29 @@ def _trouble(facts: Facts, met: Mapping[str, int]) -> Iterator[str]:
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         limit = " when the limit was reached" if course.limited else ""
         yield f"{len(left)} of {len(facts.drill.runs)} runs had not ended{limit} ({told})"
-    if (facts.scenario.faults or facts.scenario.tools or facts.scenario.kills) and not met and not course.kills:
-        yield (
-            "nothing of the schedule happened to these runs, so nothing was tried: give more runs (--runs), or fewer "
-            "at a time (--concurrency)"
-        )
+    yield from _untried(facts, met)
+
+
+def _untried(facts: Facts, met: Mapping[str, int]) -> Iterator[str]:
+    """What of the schedule was not tried: expectations that hold without it say nothing."""
+    scenario, tools = facts.scenario, [kind for kind in met if kind.startswith("tool ")]
+    more = "give more runs (--runs), or fewer at a time (--concurrency)"
+    if scenario.faults and len(met) == len(tools):
+        yield f"no fault of a provider met a call, so none was tried: {more}"
+    elif scenario.tools and not scenario.faults and not scenario.kills and not tools:
+        yield f"no fault of a tool met a call, so none was tried: {_UNCALLED}"
+    elif scenario.kills and not scenario.faults and not facts.drill.course.kills:
+        yield f"no process was killed, because all runs had ended: {more}"
+
+
+_UNCALLED = "do the models' answers call those tools (--script)?"
 
 
 def _notes(facts: Facts, met: Mapping[str, int]) -> Iterator[str]:
     for due in facts.drill.course.missed:
         yield f"the kill at {due:g} s did not happen: all runs had ended"
     if facts.scenario.tools and not any(kind.startswith("tool ") for kind in met):
-        yield "none of the schedule's tool faults met a call: do the models' answers call those tools (--script)?"
+        yield f"none of the schedule's tool faults met a call: {_UNCALLED}"
     for name, route in facts.ground.loaded().routes.items():
         if len(route.models) == 1 and any(attempt.route == name for _, attempt in facts.drill.attempts):
             yield f"route {name} has one deployment: when that fails, nobody else can answer"
@@ -286,23 +297,29 @@ def _is_used(facts: Facts, stand_in: Any) -> bool:
     return asked or (stand_in.model is not None and (name in facts.ill or len(facts.ground.line) <= 12))
 
 
-def _row(facts: Facts, name: str, back: Measured) -> DeploymentRow:
+def _rows(facts: Facts, back: Measured) -> list[DeploymentRow]:
+    calls = calls_of(facts.drill)
+    return [_row(facts, calls, each.deployment, back) for each in facts.ground.line if _is_used(facts, each)]
+
+
+def _row(facts: Facts, calls: Calls, name: str, back: Measured) -> DeploymentRow:
     attempts = [attempt for _, attempt in facts.drill.attempts if attempt.deployment == name]
     returned: Back | None = back.parts.get("deployments", {}).get(name)
-    lost = [each for each in cut_off(facts.drill) if each.deployment == name]
+    finished = [each for each in calls.finished if each.deployment == name]
+    cut_off = [each for each in calls.cut_off if each.deployment == name]
     step = _step(facts.drill)
     return DeploymentRow(
         name,
         sum(each.deployment == name for each in facts.drill.requests),
-        sum(attempt.verdict == "ok" for attempt in attempts),
+        len(finished),
         sum(attempt.verdict not in ("ok", "hedged", "abandoned") for attempt in attempts),
-        sum(attempt.wasted for attempt in attempts) + len(lost),
+        sum(attempt.wasted for attempt in attempts) + len(cut_off),
         sum(attempt.cost_usd or 0.0 for attempt in attempts),
         returned.answers if returned else None,
         returned.usual_share if returned else None,
         returned.share if returned else None,
         step,
-        _timeline(facts.drill, attempts, lost, step),
+        _timeline(facts.drill, attempts, finished, cut_off, step),
         _illness(facts, name, step),
     )
 
@@ -315,13 +332,19 @@ def _lasted(drill: Evidence) -> float:
     return max(LEAST, drill.course.seconds_at(drill.course.ended))
 
 
-def _timeline(drill: Evidence, attempts: Sequence[AttemptView], lost: Sequence[Request], step: float) -> str:
+def _timeline(
+    drill: Evidence,
+    attempts: Sequence[AttemptView],
+    finished: Sequence[Request],
+    cut_off: Sequence[Request],
+    step: float,
+) -> str:
     places: list[set[str]] = [set() for _ in range(int(_lasted(drill) / step) + 1)]
-    moments = [(attempt.started_at.timestamp(), attempt.verdict == "ok") for attempt in attempts]
-    moments += [(each.started, False) for each in lost]
-    for moment, well in moments:
+    moments = [(attempt.started_at.timestamp(), "x") for attempt in attempts if attempt.verdict != "ok"]
+    moments += [(each.started, "x") for each in cut_off] + [(each.started, "o") for each in finished]
+    for moment, mark in moments:
         place = int(drill.course.seconds_at(moment) / step)
-        places[min(max(0, place), len(places) - 1)].add("o" if well else "x")
+        places[min(max(0, place), len(places) - 1)].add(mark)
     return "".join("%" if len(place) > 1 else next(iter(place), ".") for place in places)
 
 

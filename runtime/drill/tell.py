@@ -340,14 +340,18 @@ def _repeated(found: Measured) -> str:
         f"{counted(each['calls'], 'call')} of {each['tool']} begun again (declared {each['effect']}: is it?)"
         for each in found.parts["tools"]
     ]
-    return "  ".join([f"{found.value:g}", "; ".join(parts)])
+    return _with_parts(found, "; ".join(parts))
 
 
 def _wasted(found: Measured) -> str:
     parts = [f"{count} {kind}" for kind, count in found.parts["failed"].items()]
     words = {"abandoned": "given up", "hedged": "beaten by another attempt", "cut_off": "cut off by a kill"}
     parts += [f"{found.parts[key]} {word}" for key, word in words.items() if found.parts[key]]
-    return f"{found.value:g}  {', '.join(parts)}"
+    return _with_parts(found, ", ".join(parts))
+
+
+def _with_parts(found: Measured, parts: str) -> str:
+    return f"{found.value:g}  {parts}".rstrip()
 
 
 def _delay(found: Measured) -> str:
@@ -362,8 +366,8 @@ def _delay(found: Measured) -> str:
 
 
 def _cost(found: Measured) -> str:
-    unknown = found.parts["unpriced_attempts"]
-    more = f"; {counted(unknown, 'attempt')} of unknown price" if unknown else ""
+    unknown = found.parts["unpriced_calls"]
+    more = f"; {counted(unknown, 'call')} of unknown price" if unknown else ""
     return f"{dollars(found.value or 0.0)}, {dollars(found.parts['wasted'])} of it wasted{more}"
 
 

@@ -35,7 +35,7 @@ CLOCK_SECONDS = 0.005
 MENDED_SECONDS = 0.5
 """How long after the last fault whatever needs a person is resumed."""
 
-AGAIN_SECONDS = 3.0
+AGAIN_SECONDS = 10.0
 """How long after that it is resumed once more."""
 
 STOP_SECONDS = 5.0

@@ -37,8 +37,9 @@ class Illness:
 
 
 def illnesses(line: Sequence[StandIn], scenario: Scenario) -> dict[str, Illness]:
-    """Return what each deployment has; those that are well are left out."""
-    found = {each.deployment: faults_of(each, scenario.faults, line) for each in line}
+    """Return what each deployment has; those that are well are left out, and so is what is not listed."""
+    listed = [each for each in line if each.position is not None]
+    found = {each.deployment: faults_of(each, scenario.faults, line) for each in listed}
     return {name: Illness(faults) for name, faults in found.items() if faults}
 
 
