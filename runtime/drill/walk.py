@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import anyio
@@ -41,8 +40,8 @@ AGAIN_SECONDS = 10.0
 STOP_SECONDS = 5.0
 """How long a process may take to stop when all is over."""
 
-BEGUN_SECONDS = 1.0
-"""An attempt so old was the first one, although no server has seen it: where nobody listens from the start."""
+BEGUN_SECONDS = 0.25
+"""How often it is looked whether an attempt was made that no server has seen."""
 
 
 class Watcher(Protocol):
@@ -257,22 +256,22 @@ class _Walk:
             await life.stop(STOP_SECONDS)
 
     async def _start_clock(self) -> None:
-        while True:
-            if await self._has_begun():
-                break
+        looked = time.monotonic()
+        while not self.ground.asked:
+            if time.monotonic() - looked > BEGUN_SECONDS:
+                looked = time.monotonic()
+                if await self._was_refused():
+                    break
             await anyio.sleep(CLOCK_SECONDS)
         self.ground.start_clock()
         self.watcher.clock()
         self._begun.set()
 
-    async def _has_begun(self) -> bool:
-        if self.ground.asked:
-            return True
-        if not self.course.ids or self._life is None:
-            return False
-        store, first = self.runtime.store, self.course.ids[0]
-        attempts = await store.read(partial(store.attempts, run_id=first))
-        return any(time.time() - attempt.started_at > BEGUN_SECONDS for attempt in attempts)
+    async def _was_refused(self) -> bool:
+        """Whether there was an attempt that no server has seen: where nobody listens from the start."""
+        store = self.runtime.store
+        found = await store.read(lambda connection: [store.attempts(connection, each) for each in self.course.ids[:1]])
+        return any(found)
 
     async def _kill(self) -> None:
         await self._begun.wait()
