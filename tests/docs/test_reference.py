@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import re
 from collections.abc import Iterator
+from dataclasses import fields
+from typing import get_args
 
 import click
 import pytest
@@ -15,6 +17,10 @@ import ridethrough
 from ridethrough.cli import cli
 from ridethrough.runtime import config, errors, events, views
 from ridethrough.runtime.cli import STATUSES
+from ridethrough.runtime.router.providers.dialects import DIALECTS
+from ridethrough.runtime.router.providers.simulated import MEASURES, Fault, ToolFault, shipped_scenarios
+from ridethrough.runtime.router.providers.simulated.faults import Kind
+from ridethrough.runtime.router.providers.simulated.scenario import Kill
 from ridethrough.runtime.testpoints import POINTS
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -169,6 +175,18 @@ def test_every_field_of_a_run_is_described(view: type[BaseModel]) -> None:
 def test_every_kill_point_is_named() -> None:
     text = (ROOT / "docs/how-to/testing.md").read_text()
     assert [point for point in POINTS if f"`{point}`" not in text] == []
+
+
+def test_everything_of_a_scenario_is_described() -> None:
+    text = (ROOT / "docs/how-to/drills.md").read_text()
+    names = [*shipped_scenarios(), *get_args(Kind), *MEASURES]
+    names += [field.name for kind in (Fault, Kill, ToolFault) for field in fields(kind)]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_every_dialect_is_named() -> None:
+    text = (ROOT / "docs/how-to/providers.md").read_text()
+    assert [name for name in DIALECTS if f"`{name}`" not in text] == []
 
 
 def test_every_module_of_the_house_is_described() -> None:
