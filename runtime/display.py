@@ -215,8 +215,10 @@ def awaited(run_id: str, outlook: Outlook) -> str:
     """What a parked run is waiting for, in one line; empty while it works."""
     if outlook.state in ("works", "ended"):
         return ""
-    waits = ", ".join(describe_wait(blocker.wait) for blocker in outlook.blockers[:3])
-    more = f" and {len(outlook.blockers) - 3} more" if len(outlook.blockers) > 3 else ""
+    # Branches that wait for the same models say so in the same words, but for the time.
+    told = {(each.wait.kind, each.wait.name, each.wait.question): each.wait for each in outlook.blockers}
+    waits = ", ".join(describe_wait(wait) for wait in list(told.values())[:3])
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
     dated = any(blocker.wait.until for blocker in outlook.blockers)
     until = f"; looks again at {when(outlook.until)}" if outlook.until and not dated else ""
     what = "an operator's resume" if outlook.reason == "operator" else f"{waits}{more}" or outlook.reason

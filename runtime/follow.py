@@ -462,7 +462,7 @@ class Closing:
         now = time.time()
         outlook = self._store.read_now(lambda connection: views.outlook(self._store, connection, run_id, now))
         resume = self._options.command("resume", run_id)
-        lines = [line for blocker in outlook.blockers for line in answers(blocker, self._options)]
+        lines = list(dict.fromkeys(line for blocker in outlook.blockers for line in answers(blocker, self._options)))
         if outlook.state in ("works", "timed"):
             until = f" until {when(outlook.until)}" if outlook.until else ""
             say(f"{run_id} is parked ({outlook.reason}){until}; nothing is lost. Go on with: {resume}")

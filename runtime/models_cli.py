@@ -179,7 +179,7 @@ def _row(each: DeploymentView, now: float) -> tuple[str, ...]:
         _state(each, now),
         plain(_quota(each, now)),
         _busy(each),
-        f"{each.error_rate:.0%}" if each.answered or each.failed else "-",
+        f"{each.error_rate:.0%}" if each.state in ("closed", "ramping") and (each.answered or each.failed) else "-",
         _first_token(each),
         "-" if each.tokens_per_second is None else f"{each.tokens_per_second:.0f}",
         f"{each.answered}/{each.failed}" if each.answered or each.failed else "-",
@@ -188,9 +188,15 @@ def _row(each: DeploymentView, now: float) -> tuple[str, ...]:
     )
 
 
+SHUT = {"quota": "no credit", "auth": "key refused"}
+"""What a shut account is called: that says more than how its breaker stands."""
+
+
 def _state(each: DeploymentView, now: float) -> str:
     from ridethrough.runtime.printing import when
 
+    if each.quota_reason in SHUT and _is_later(each.quota_until, now):
+        return f"{SHUT[each.quota_reason]}, until {when(each.quota_until)}"
     words = {"closed": "healthy", "half_open": "being tried", "ramping": "ramping", "unknown": "not called yet"}
     if each.state != "open":
         return words.get(each.state, each.state)
@@ -238,6 +244,7 @@ def explain_command(options: Options, route: str) -> int:
 
     async def explain(config: Config) -> dict[str, Any]:
         async with Router.open(config) as router:
+            await router.look_up(route)
             return router.explain(route)
 
     with _Look(options) as look:

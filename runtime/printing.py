@@ -138,10 +138,9 @@ def describe_wait(wait: WaitView) -> str:
         case "child":
             return f"child run {wait.name}"
         case "model":
-            why = f": {shortened(wait.question, 160)}" if wait.question else ""
-            if wait.name == "configuration":
-                return f"a mended configuration{why}"
-            return f"the models ({wait.name}){until}{why}"
+            why = f": {shortened(wait.question, 240)}" if wait.question else ""
+            what = {"configuration": "a mended configuration", "quota": "credit", "budget": "money"}.get(wait.name)
+            return f"{what}{why}" if what else f"the models ({wait.name}){until}{why}"
         case _:
             return f"{wait.kind} {wait.name}{until}"
 
@@ -163,6 +162,16 @@ def answers(blocker: Blocker, options: Options) -> Iterator[str]:
         yield options.command("signal", run_id, wait.name, _example(wait.value_schema or {}))
     elif wait.kind == "model":
         yield f"# {describe_wait(wait)}"
+        again = f"; it is looked at again {when(wait.until)}" if wait.until else ""
+        advice = {
+            "quota": f"# Add credit at the provider, or a model of another provider to the route{again}. Then:",
+            "budget": "# Raise the budget in the configuration, or wait until it starts anew"
+            + (f", {when(wait.until)}" if wait.until else "")
+            + ". Then:",
+            "configuration": "# Mend that. Then:",
+        }
+        if wait.name in advice:
+            yield advice[wait.name]
 
 
 def _example(schema: dict[str, Any]) -> str:

@@ -37,6 +37,8 @@ class Deployment:
     cost_of: CostOf | None = None
     context_window: int | None = None
     looked_up: bool = False
+    unlisted: bool = False
+    """Whether no price of its own is known anywhere."""
     output: Quantiles = field(default_factory=Quantiles)
     retries: Retries = field(default_factory=Retries)
 
@@ -53,6 +55,7 @@ class Deployment:
         self.context_window = self.context_window or listing.context_window
         if self.cost_of is None:
             self.cost_of = listing.cost_of
+        self.unlisted = self.cost_of is None
         if self.cost_of is None and self.default_price is not None:
             self.cost_of = prices.of(self.default_price)
 

@@ -57,7 +57,12 @@ def _limits(deployment: Deployment) -> dict[str, float]:
 
 
 def explain(
-    name: str, route: Route, models: Mapping[str, Model], health: Mapping[str, DeploymentState], config: Config
+    name: str,
+    route: Route,
+    models: Mapping[str, Model],
+    health: Mapping[str, DeploymentState],
+    known: Mapping[str, Deployment],
+    config: Config,
 ) -> dict[str, Any]:
     """Say what a route does: whom it asks, in which order, what follows from each error, and what stands at the end."""
     return {
@@ -69,7 +74,10 @@ def explain(
         "hedge": route.hedge,
         "cache": route.cache,
         "failover": list(route.failover),
-        "deployments": [_deployment(each, models[each], health.get(each), route, config) for each in route.models],
+        "deployments": [
+            {**_deployment(each, models[each], health.get(each), route, config), **_looked_up(known.get(each))}
+            for each in route.models
+        ],
         "errors": consequences(route),
         "chain": _chain(route, models),
     }
@@ -90,6 +98,21 @@ def _deployment(name: str, model: Model, state: DeploymentState | None, route: R
         "last": known.verdict,
         "quota_until": known.quota_until,
     }
+
+
+def _looked_up(deployment: Deployment | None) -> dict[str, Any]:
+    """What was found of a deployment besides its configuration: its window, and its price in USD a million tokens."""
+    if deployment is None:
+        return {}
+    found: dict[str, Any] = {"context_window": deployment.context_window}
+    if deployment.own_price is None and (cost_of := deployment.cost_of) is not None:
+        million = 1_000_000
+        found["price"] = {
+            "input": cost_of(Usage(input_tokens=million)),
+            "output": cost_of(Usage(output_tokens=million)),
+            "source": "default_price" if deployment.unlisted else "price list",
+        }
+    return found
 
 
 def consequences(route: Route) -> dict[str, str]:
