@@ -103,14 +103,26 @@ class Ground:
 
     def life(self, target: str) -> AbstractAsyncContextManager[Life]:
         """A process that executes whatever runs there are."""
-        self.lives += 1
         return live(
             [target, str(self.config)],
-            self.folder / f"process-{self.lives}.log",
+            self._log(),
             module="ridethrough.runtime.drill.serve",
-            environment={TOOL_SCHEDULE: str(self.folder / "tools.json")},
+            environment=self._environment,
             tied=True,
         )
+
+    def operator(self, ids: Sequence[str]) -> AbstractAsyncContextManager[Life]:
+        """What an operator types: a process that resumes these runs."""
+        words = ["resume", *ids, "--config", str(self.config), "--json"]
+        return live(words, self._log(), environment=self._environment)
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {TOOL_SCHEDULE: str(self.folder / "tools.json")}
+
+    def _log(self) -> Path:
+        self.lives += 1
+        return self.folder / f"process-{self.lives}.log"
 
 
 @asynccontextmanager

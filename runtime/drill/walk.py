@@ -6,6 +6,7 @@ move on (a key that was refused, an account without credit) are resumed when wha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from ridethrough.runtime.drill.evidence import Course, Killed
 from ridethrough.runtime.drill.ground import Ground
 from ridethrough.runtime.drill.life import Life
 from ridethrough.runtime.drill.plan import Plan
-from ridethrough.runtime.errors import RunBusy, RunConflict
 from ridethrough.runtime.follow import Start
 from ridethrough.runtime.runtime import Runtime
 from ridethrough.runtime.tables import FINAL
@@ -60,7 +60,7 @@ class Watcher(Protocol):
         ...
 
     def operator(self, runs: int) -> None:
-        """So many runs that wait for a person are resumed."""
+        """So many runs that wait for a person are resumed, as a user would do it."""
         ...
 
     def run(self, run_id: str, status: str, reason: str) -> None:
@@ -143,7 +143,8 @@ class _Walk:
         self._killing = False
         self._open: dict[str, views.Outlook | None] = {}
         self._told: dict[str, str] = {}
-        self._resumed_at = 0.0
+        self._resumed_at = -math.inf
+        self._operator: anyio.Event | None = None
         self._begun = anyio.Event()
         self._next_life = anyio.Event()
 
@@ -153,7 +154,7 @@ class _Walk:
             tasks.start_soon(self._lives, tasks)
             tasks.start_soon(self._start_clock)
             tasks.start_soon(self._kill)
-            await self._until_nothing_moves()
+            await self._until_nothing_moves(tasks)
             await self._stop()
             tasks.cancel_scope.cancel()
 
@@ -168,7 +169,7 @@ class _Walk:
             course.ids.append(start.id)
             self._open[start.id] = None
 
-    async def _until_nothing_moves(self) -> None:
+    async def _until_nothing_moves(self, tasks: anyio.abc.TaskGroup) -> None:
         """Begin one run after the other, until all have ended or nobody can move them."""
         watch = self.runtime.store.database.watch()
         try:
@@ -176,7 +177,7 @@ class _Walk:
                 if watch.changed() or self._is_waiting_for_time():
                     await self._look()
                 await self._begin_runs()
-                await self._play_the_operator()
+                self._play_the_operator(tasks)
                 over = self.work.plan.is_over(len(self.course.ids), self.ground.clock())
                 if (over and not self._open) or self._is_stuck(over):
                     return
@@ -206,21 +207,25 @@ class _Walk:
 
     # --- people -----------------------------------------------------------------------------------------------------
 
-    async def _play_the_operator(self) -> None:
+    def _play_the_operator(self, tasks: anyio.abc.TaskGroup) -> None:
         """Resume what waits for a person because of models, from when they are well on."""
         age = self.ground.clock()
         if self.mended is None or age < max(self.mended + MENDED_SECONDS, self._resumed_at + AGAIN_SECONDS):
             return
         waiting = [run_id for run_id, outlook in self._open.items() if _waits_for_mending(outlook)]
-        if not waiting:
-            return
-        self._resumed_at = age
-        self.watcher.operator(len(waiting))
-        for run_id in waiting:
-            try:
-                await self.runtime.resume(run_id)
-            except (RunBusy, RunConflict):  # it has been taken up in this moment, or has ended
-                continue
+        if waiting and self._operator is None:
+            self._resumed_at = age
+            self._operator = anyio.Event()
+            self.watcher.operator(len(waiting))
+            tasks.start_soon(self._resume, waiting, self._operator)
+
+    async def _resume(self, ids: Sequence[str], done: anyio.Event) -> None:
+        """Type ``ridethrough resume``: its process executes them, and asks anew what had been refused."""
+        async with self.ground.operator(ids) as life, anyio.create_task_group() as reading:
+            reading.start_soon(life.drain)
+            await life.end()
+        self._operator = None
+        done.set()
 
     def _is_stuck(self, over: bool) -> bool:
         """Whether all that is left waits for a person whom the drill does not play."""
@@ -250,6 +255,10 @@ class _Walk:
             self._killing = False
 
     async def _stop(self) -> None:
+        """Let the processes end in order, so that they write what they know."""
+        if self._operator is not None:
+            with anyio.move_on_after(STOP_SECONDS):
+                await self._operator.wait()
         life, self._life = self._life, None
         if life is not None and not life.ended:
             self._killing = True

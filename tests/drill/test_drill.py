@@ -174,6 +174,17 @@ def test_the_document_has_all_that_is_measured(outage: tuple[Desk, dict[str, Any
         assert subprocess.run(words, cwd=outage[0].folder, capture_output=True, check=False).returncode == 0
 
 
+def test_runs_that_wait_for_a_person_are_resumed_when_all_is_mended(desk: Desk) -> None:
+    name = desk.scenario(
+        'latency = "200ms"\n[[faults]]\nkind = "quota"\nstart = "100ms"\nend = "1s"\n[expect]\nlost = 0\nrepeated = 0\n'
+    )
+    arguments = ("--runs", "2", "--concurrency", "2", "--no-baseline")
+    report = desk.report("app.py:letter", "--scenario", name, *arguments, status=0)
+    assert report["runs"]["done"] == 2
+    assert [(each["reason"], each["runs"]) for each in report["pauses"]] == [("quota", 2)]
+    assert len(desk.outbox) == len(set(desk.outbox)) == 2
+
+
 # --- what fails -----------------------------------------------------------------------------------------------------
 
 
