@@ -58,8 +58,8 @@ MIN_BAD, BAD_SHARE = 5, 0.5
 LONELY_BAD, LONELY_SECONDS = 3, 2.0
 """With little traffic: so many bad outcomes, and no good one for so long."""
 
-FIRST_DELAY, USUAL_LONGEST, LONGEST = 1.0, 4.0, 30.0
-"""An open breaker waits 1, 2, 4, 4 ... seconds; after a long outage a tenth of its age, up to 30."""
+FIRST_DELAY, USUAL_LONGEST, LONGEST = 1.0, 3.0, 30.0
+"""An open breaker waits 1, 2, 3, 3 ... seconds; after a long outage a tenth of its age, up to 30."""
 
 RESORTS = 3
 """Failures in a row after which the last-healthy rule lets a deployment be."""
@@ -90,6 +90,8 @@ SIZES = (2_000, 16_000, 64_000)
 """Bounds of the classes of prompt sizes, in tokens: a long prompt is slow, and that is normal for it."""
 
 ENOUGH, KEPT = 8, 128
+STRETCHES = 16
+"""How many stretches of half as many values are remembered besides."""
 
 
 class Quantiles:
@@ -99,11 +101,17 @@ class Quantiles:
         self._values: deque[float] = deque(maxlen=KEPT)
         self._sorted: list[float] = []
         self._fresh = 0
+        self._stretch: list[float] = []
+        self._stretches: deque[list[float]] = deque(maxlen=STRETCHES)
 
     def add(self, value: float) -> None:
         """Take a value."""
         self._values.append(value)
         self._fresh += 1
+        self._stretch.append(value)
+        if len(self._stretch) >= KEPT // 2:
+            self._stretches.append(sorted(self._stretch))
+            self._stretch.clear()
 
     def __len__(self) -> int:
         """How many values there are."""
@@ -115,7 +123,18 @@ class Quantiles:
             return None
         if not self._sorted or self._fresh >= ENOUGH:
             self._sorted, self._fresh = sorted(self._values), 0
-        return self._sorted[min(len(self._sorted) - 1, int(share * len(self._sorted)))]
+        return _quantile(self._sorted, share)
+
+    def at_best(self, share: float) -> float | None:
+        """Return the quantile in the best of the last stretches: slowness that creeps in must not become normal."""
+        now = self.at(share)
+        if now is None:
+            return None
+        return min([now, *(_quantile(stretch, share) for stretch in self._stretches)])
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(share * len(values)))]
 
 
 class Normal:
@@ -137,6 +156,11 @@ class Normal:
         """Return a quantile of the seconds to the first output, for prompts of that size where enough are known."""
         own = self.first[bisect_right(SIZES, size)].at(share)
         return own if own is not None else self.any_first.at(share)
+
+    def slowest_first(self, size: int) -> float | None:
+        """Return the seconds to the first output that 19 of 20 calls stay below when all is well."""
+        own = self.first[bisect_right(SIZES, size)].at_best(0.95)
+        return own if own is not None else self.any_first.at_best(0.95)
 
 
 # --- the breaker ----------------------------------------------------------------------------------------------------
@@ -227,6 +251,11 @@ class Health:
             return 0
         begun_since = sum(ticket.generation == self._generation for ticket in self.flight)
         return max(0, min(self._ramp.limit - begun_since, int(self._refilled(now))))
+
+    @property
+    def has_to_show(self) -> bool:
+        """Whether the next call finds out if it is back."""
+        return self.state in ("open", "half_open") or (self.state == "ramping" and self._ramp.limit == 1)
 
     def next_time(self, now: float) -> float:
         """Return when there may be room again, as far as the clock decides it: in the past when that is now."""
@@ -400,19 +429,19 @@ class Health:
 
     def slow_after(self, size: int = 0) -> float:
         """Return the seconds after which a call without output counts as slow: three times what is normal at most."""
-        p95 = self.normal.first_at(size, 0.95)
+        p95 = self.normal.slowest_first(size)
         ceiling = self.timeouts.first_token
         return ceiling if p95 is None else min(ceiling, self._patience * max(1.0, 3.0 * p95))
 
     def first_token_deadline(self, size: int = 0) -> float:
         """Return the seconds after which a call without output is ended even if it is the only slow one."""
-        p95 = self.normal.first_at(size, 0.95)
+        p95 = self.normal.slowest_first(size)
         ceiling = self.timeouts.first_token
         return ceiling if p95 is None else min(ceiling, max(5.0, 10.0 * p95, self.slow_after(size)))
 
     def hedge_after(self, size: int = 0) -> float | None:
         """Return the seconds after which a second attempt is worth it; ``None`` while nothing is known."""
-        p95 = self.normal.first_at(size, 0.95)
+        p95 = self.normal.slowest_first(size)
         return None if p95 is None else max(0.25, 2.5 * p95)
 
     def is_proven_slow(self, ticket: Ticket, now: float) -> bool:
@@ -511,6 +540,8 @@ class Health:
     def _finish_ramp(self, now: float) -> None:
         enough = self._ramp.limit > max(FIRST_STEPS, self.usual_flight)
         if enough and now >= self._waited_for_until:
+            if self._patience > 1.0:
+                self.normal = Normal()  # it came back slower than it was: what it does now is learned anew
             self._delays, self._patience = 0, 1.0
             self._move("closed", now, "it is well again")
 

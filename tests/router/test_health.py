@@ -543,7 +543,7 @@ def test_the_delay_grows_to_a_bound() -> None:
     for _ in range(200):
         delays.append(bench.health.open_until - bench.now)
         bench.end(bench.until_half_open(), bad())
-    for delay, nominal in zip(delays, (1, 2, 4, 4, 4), strict=False):
+    for delay, nominal in zip(delays, (1, 2, 3, 3, 3), strict=False):
         assert 0.8 * nominal <= delay <= 1.2 * nominal
     assert max(delays) <= LONGEST_OPEN
     assert delays[-1] >= 0.8 * LONGEST
@@ -835,3 +835,18 @@ def test_never_stuck(events: list[tuple[str, int]], seed: int) -> None:
         bench.end(ticket)
     assert not bench.health.flight
     assert bench.room() == NO_LIMIT
+
+
+def test_slowness_that_creeps_in_does_not_become_normal() -> None:
+    """Each call is a tenth of a second slower than the one before: no single step is remarkable."""
+    bench = Bench()
+    bench.calls(200, seconds=0.3)
+    seconds = 0.3
+    while bench.state() == "closed" and seconds < 19:
+        ticket = bench.begin()
+        bench.wait(seconds)
+        if bench.state() == "closed":
+            bench.end(ticket)
+        seconds += 0.1
+    assert bench.state() == "open"
+    assert seconds < 4, "three times what was normal, and a few calls to be sure"
