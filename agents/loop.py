@@ -70,6 +70,9 @@ from ridethrough.tools.tool import Tool, tool
 LONGEST_PAUSE = 60.0
 """Seconds between two looks at models that do not answer."""
 
+PATIENT_AFTER = 2
+"""Failed attempts after which a run tries models that were ill only when it is its turn: see ``waking.py``."""
+
 _RESPONSE = Codec(ModelResponse, "a model's answer")
 _TEXT = Codec(str, "instructions")
 _REASON = Codec(str | None, "the reason of a guardrail")
@@ -120,6 +123,7 @@ class Conversation:
         self._specs: tuple[ToolSpec, ...] = ()
         self._known = 0
         self._waited = ""
+        self._called = self.execution.info.called
         self._waiting_since: dict[str, float] = {}
         if self.limits.seconds is not None and self.execution.timings is None:
             self.execution.timings = {}
@@ -253,7 +257,7 @@ class Conversation:
                 self.execution.tried += len(error.errors)
                 if error.reason != "budget" and not await self._may_pause():
                     raise
-                await self._wait_for_models(path, error)
+                self._called = await self._wait_for_models(path, error)
             except (Auth, ConfigError) as error:
                 if not isinstance(self.agent.model, str):
                     raise
@@ -311,6 +315,7 @@ class Conversation:
             path=path,
             priority=self.agent.priority or priority_class(info.priority),
             floor=self.agent.floor,
+            behind=self.execution.tried >= PATIENT_AFTER and not self._called,
         )
 
     async def _may_pause(self) -> bool:
@@ -324,7 +329,7 @@ class Conversation:
         changes = {"name": reason, "due_at": due, "question": text}
         await self.execution.do(lambda connection: store.update_wait(connection, run_id, path, **changes))
 
-    async def _wait_for_models(self, path: str, error: Unavailable) -> None:
+    async def _wait_for_models(self, path: str, error: Unavailable) -> bool:
         """No model answers: block this branch until another try is worth it. The run may be parked meanwhile.
 
         Where the router names a condition, that wakes the branch (see ``waking.py``), and a time only at the very
@@ -348,7 +353,7 @@ class Conversation:
         if error.awaits:
             execution.services.stir()
         wait = Blocked(path, "model", reason, due, awaits=error.awaits, expected_at=expected)
-        await execution.block(wait)
+        return await execution.block(wait)
 
     # --- limits -----------------------------------------------------------------------------------------------------
 

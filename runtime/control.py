@@ -170,7 +170,7 @@ def resume(store: Store, connection: Connection, run_id: str, now: float, me: st
     _resume_children(store, connection, run_id, now)
     wanted = "cancel" if row.wanted == "cancel" else None  # a pause is withdrawn by this, a promise to cancel is not
     if row.worker_id is None:
-        store.update_run(connection, run_id, wake_at=now, wanted=wanted)
+        store.update_run(connection, run_id, wake_at=now, wanted=wanted, pause_until=None)
     else:
         store.update_run(connection, run_id, wanted=wanted)
     return row
@@ -180,7 +180,7 @@ def _resume_children(store: Store, connection: Connection, run_id: str, now: flo
     """Let the children go on that wait for models, too; what a person has paused stays as it is."""
     for child in store.children(connection, run_id):
         if child.status == "paused" and child.pause_reason != "operator":
-            store.update_run(connection, child.id, wake_at=now)
+            store.update_run(connection, child.id, wake_at=now, pause_until=None)
         _resume_children(store, connection, child.id, now)
 
 

@@ -224,6 +224,8 @@ class RunInfo:
     cwd: str | None
     tried: int = 0
     """Model calls that had failed since the last answer when the run was parked."""
+    called: bool = False
+    """It was its turn, or a person said so: not the clock took it up, nor the death of its worker."""
 
 
 class Execution:

@@ -787,7 +787,7 @@ def _finish_statement() -> UpdateBase:
 
 def _wake_statement() -> UpdateBase:
     waits = and_(RUNS.c.id == bindparam("b_id"), RUNS.c.awaits == bindparam("b_awaits"))
-    return update(RUNS).where(waits).values(wake_at=bindparam("wake_at"), awaits=None)
+    return update(RUNS).where(waits).values(wake_at=bindparam("wake_at"), awaits=None, pause_until=None)
 
 
 def _set_aside_statement() -> UpdateBase:

@@ -389,6 +389,7 @@ class Worker:
             recoveries=recoveries,
             cwd=row.cwd,
             tried=tried,
+            called=row.pause_reason is not None and row.pause_until is None,
         )
         execution = Execution(self, info, seq=seq, steps=steps, waits=waits, intents=intents)
         execution.watchers = self.watchers.setdefault(row.id, []) if row.id in self.watchers else []

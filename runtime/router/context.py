@@ -26,7 +26,8 @@ class CallContext:
 
     ``deadline`` is in seconds from the start of the call and covers all its attempts. ``floor`` is the least capable
     tier that may answer; the route's own floor holds besides. ``path`` names the step that asks, inside its run.
-    Calls of different ``epoch`` are never answered by each other's cached answers.
+    Calls of different ``epoch`` are never answered by each other's cached answers. ``behind`` those who have failed
+    less: whether a deployment that was ill is back, they find out first.
     """
 
     tenant: str | None = None
@@ -39,3 +40,4 @@ class CallContext:
     floor: str | None = None
     deadline: float | None = None
     epoch: str = ""
+    behind: bool = False

@@ -80,6 +80,9 @@ READ_SECONDS = 2.0
 HOLD_GRACE = 60.0
 """Seconds after an attempt's last deadline until money that was put aside for it counts as spent."""
 
+RETRY_REST = 10.0
+"""Seconds that a call stays away from a deployment that has failed it, when the deployment's retries are used up."""
+
 CROWDED: tuple[type[ModelError], ...] = (Overloaded, RateLimited, Slow)
 """Errors that fewer calls at once may help against."""
 
@@ -405,6 +408,8 @@ class Router:
 
     def _place_at(self, call: Call, deployment: Deployment, now: float) -> Place | None:
         tokens, health = _expected_tokens(call, deployment), deployment.health
+        if call.context.behind and health.has_to_show:
+            return None
         crowd.together(call.candidates)
         if deployment.wait(now, tokens) > 0 or deployment.is_full() or not health.room(now):
             return None
@@ -416,6 +421,8 @@ class Router:
         """The last-healthy rule: with every breaker open, one that has answered somebody lately is asked."""
         usable = [each for each in call.candidates if each.name not in call.too_dear and call.earliest(each) <= now]
         if not usable or any(each.health.state not in ("open", "half_open") for each in call.candidates):
+            return None
+        if call.context.behind:
             return None
         for deployment in usable:
             if deployment.wait(now, 0.0) > 0 or deployment.is_full():
@@ -514,8 +521,8 @@ class Router:
             if deployment.name in call.too_dear:
                 continue
             at = max(now + deployment.wait(now, 0.0), deployment.health.next_time(now), call.earliest(deployment))
-            well = deployment.health.room(now) and deployment.shut_by(now) is None
-            busy = busy or (bool(well) and call.earliest(deployment) <= now)
+            well = not self._is_shut_to(call, deployment, now)
+            busy = busy or (well and call.earliest(deployment) <= now)
             ready = min(ready, at)
         return busy, ready
 
@@ -542,7 +549,7 @@ class Router:
 
     def _unavailable(self, call: Call, now: float, wait: float) -> Unavailable:
         told = "; ".join(f"{type(error).__name__}: {error.message}" for error in call.errors[-len(call.candidates) :])
-        shut = [each for each in call.candidates if each.shut_by(now) or not each.health.room(now)]
+        shut = [each for each in call.candidates if self._is_shut_to(call, each, now)]
         told = told or "; ".join(_why_shut(each, now) for each in shut)
         text = f"no deployment of '{call.name}' answers now ({told}); another try is worth it in {wait:.3g} s"
         error = Unavailable(text, errors=tuple(call.errors), retry_after=wait)
@@ -557,6 +564,11 @@ class Router:
         waited = now - (call.queued_since or now)
         text = f"no place at '{call.name}' came free within {waited:.3g} s: its deployments are well, and busy"
         return Unavailable(text, retry_after=wait, reason="overload")
+
+    def _is_shut_to(self, call: Call, deployment: Deployment, now: float) -> bool:
+        health = deployment.health
+        behind = call.context.behind and health.has_to_show
+        return deployment.shut_by(now) is not None or health.room(now) <= 0 or behind
 
     def _reason(self, call: Call, now: float, error: Unavailable) -> str:
         """Why nobody answers: what the account says of each, else the attempts' errors, else what is known of them."""
@@ -600,7 +612,7 @@ class Router:
             call.too_dear[deployment.name] = answer.cap
             return False
         if answer.cap.on_exceeded == "fail":
-            raise self._budget_error(answer)
+            raise self._budget_error(answer, usd)
         raise self._waits_for_money(call, answer, usd)
 
     def _expected_cost(self, call: Call, deployment: Deployment) -> float:
@@ -611,18 +623,19 @@ class Router:
             )
         return deployment.cost_of(deployment.expected_usage(call.needs.tokens, call.request.max_tokens))
 
-    def _budget_error(self, refused: Refusal) -> BudgetExceeded:
+    def _budget_error(self, refused: Refusal, usd: float) -> BudgetExceeded:
         cap = refused.cap
+        left = max(0.0, cap.usd - refused.spent - refused.reserved)
         text = (
-            f"{budget.describe(cap)} is used up ({refused.spent:.4f} spent, {refused.reserved:.4f} put "
-            f"aside for calls under way): raise it, or wait until it starts anew"
+            f"{budget.describe(cap)} has {left:.4g} left of which this call is expected to take {usd:.4g} "
+            f"({refused.spent:.4g} spent, {refused.reserved:.4g} put aside for calls under way)"
         )
         return BudgetExceeded(text, budget=cap.name, usd=cap.usd, resets_at=cap.resets_at)
 
     def _waits_for_money(self, call: Call, refused: Refusal, usd: float) -> Unavailable:
         cap = refused.cap
         wait = None if cap.resets_at is None else max(1.0, cap.resets_at - time.time())
-        text = self._budget_error(refused).message
+        text = self._budget_error(refused, usd).message
         awaits = awaits_of_budget(cap, usd)
         return Unavailable(text, errors=tuple(call.errors), retry_after=wait, reason="budget", awaits=awaits)
 
@@ -679,6 +692,7 @@ class Router:
             hedged=hedged,
         )
         call.attempts += 1
+        attempt.number = call.attempts
         return attempt
 
     async def _run(self, call: Call, race: Race) -> None:
@@ -767,6 +781,7 @@ class Router:
             deployment.places.good(len(deployment.health.flight), seconds, usual, now)
             deployment.rates.answered()
             deployment.credential.answered()
+            deployment.retries.earn()
             self._hedging.earn()
         elif isinstance(failure, CROWDED):
             deployment.places.overloaded(now, usual)
@@ -838,7 +853,7 @@ class Router:
             status=failure.status if failure is not None else None,
             code=failure.code if failure is not None else None,
             request_id=attempt.request_id,
-            number=call.attempts,
+            number=attempt.number,
             queue_seconds=call.queue_seconds,
             first_token_seconds=None if first is None else first - attempt.started,
             tokens_per_second=rate,
@@ -872,7 +887,10 @@ class Router:
                 raise failure
         call.errors.append(failure)
         tries = sum(error.deployment == name for error in call.errors)
-        call.not_before[name] = now + seconds_before_retry(failure, tries, self._random)
+        wait = seconds_before_retry(failure, tries, self._random)
+        if not attempt.deployment.retries.take(2.0 if isinstance(failure, Slow) else 1.0):
+            wait = max(wait, RETRY_REST)
+        call.not_before[name] = now + wait
 
     def _others_for(self, call: Call, failed: Deployment, failure: ModelError) -> list[Deployment]:
         """Return who else may be asked after an error that does not fail over by default."""
@@ -1094,7 +1112,15 @@ class Router:
         """
         settings = self._roster.route(route)
         models = {name: self._roster.model(name) for name in settings.models}
-        return describe.explain(route, settings, models, self.health(), self.config)
+        return describe.explain(route, settings, models, self.health(), self._roster.deployments, self.config)
+
+    async def look_up(self, route: str) -> None:
+        """Find the prices and context windows of a route's models, as its first call would.
+
+        Raises:
+            ConfigError: There is no such route or model.
+        """
+        await self._roster.of(self._roster.route(route))
 
     async def ping(self, name: str, *, seconds: float = 30.0) -> AttemptRecord:
         """Make one tiny real call to one deployment, whatever is known of its health; it costs a little.
