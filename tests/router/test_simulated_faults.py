@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
+import httpx2
 import pytest
 from anyio.lowlevel import checkpoint
 from tests.router.asking import WIRES, Asker, Said, events_of, read_stream
@@ -48,7 +48,7 @@ class Clock:
 @asynccontextmanager
 async def faulty(*faults: Fault, **given: Any) -> AsyncGenerator[tuple[SimulatedProvider, Asker]]:
     script = Script(faults=list(faults)).rule(Answer(text="a b c d", calls=(Call("search", {"q": "tides"}),)))
-    async with SimulatedProvider(script, **given) as sim, httpx.AsyncClient(timeout=20) as client:
+    async with SimulatedProvider(script, **given) as sim, httpx2.AsyncClient(timeout=20) as client:
         yield sim, Asker(sim, client)
 
 
@@ -201,7 +201,7 @@ async def test_bodies_that_are_no_answers(wire: WireName, kind: Any) -> None:
 @pytest.mark.parametrize("fault", [Fault("reset"), Fault("refuse", requests=(1,)), Fault("hang", seconds=0)])
 async def test_no_answer_at_all(wire: WireName, stream: bool, fault: Fault) -> None:
     async with faulty(fault) as (sim, asker):
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await asker.post(wire, USER, stream=stream)
     assert (sim.requests[0].status, sim.requests[0].error) == (0, fault.kind)
 
@@ -213,7 +213,7 @@ async def test_no_answer_at_all(wire: WireName, stream: bool, fault: Fault) -> N
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_cut_answer(wire: WireName, stream: bool) -> None:
     async with faulty(Fault("cut", after=3)) as (sim, asker):
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx2.RemoteProtocolError):
             await asker.post(wire, USER, stream=stream)
     assert (sim.requests[0].status, sim.requests[0].error) == (0, "cut")
 
@@ -259,7 +259,7 @@ async def test_an_error_inside_the_stream(wire: WireName) -> None:
 async def test_whole_answers_break_too(wire: WireName, kind: Any) -> None:
     async with faulty(Fault(kind, seconds=0)) as (_, asker):
         if kind in ("no_finish", "stall"):
-            with pytest.raises(httpx.RemoteProtocolError):
+            with pytest.raises(httpx2.RemoteProtocolError):
                 await asker.post(wire, USER)
             return
         response = await asker.post(wire, USER)
@@ -352,7 +352,7 @@ async def test_above_its_capacity_it_gets_slower_or_refuses() -> None:
     schedule = Schedule([Fault("capacity", limit=4, status=529)])
     assert [schedule.pick("m", n, 0.0, load).kind for n, load in enumerate((4, 5), 1)] == [None, "capacity"]
     async with faulty(Fault("capacity", limit=1, status=503), Fault("hang", requests=(1,))) as (sim, asker):
-        answers: list[httpx.Response] = []
+        answers: list[httpx2.Response] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(asker.post, "openai", USER)
             await until(lambda: len(sim.requests) == 1)
@@ -380,7 +380,7 @@ async def test_a_refused_connection_is_a_real_one() -> None:
             other.bind(("127.0.0.1", sim.port))
         clock.now += 10
         await knock(sim)
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             assert (await Asker(sim, client).post("openai", USER)).status_code == 200
     assert len(sim.requests) == 2
 
@@ -411,7 +411,7 @@ async def test_what_is_under_way_is_lost_when_it_goes_down() -> None:
         async with anyio.create_task_group() as tasks:
 
             async def ask() -> None:
-                with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
+                with pytest.raises((httpx2.ReadError, httpx2.RemoteProtocolError)):
                     await asker.post("anthropic", USER)
 
             tasks.start_soon(ask)
@@ -420,7 +420,7 @@ async def test_what_is_under_way_is_lost_when_it_goes_down() -> None:
         assert sim.requests[0].status == 0
         sim.faults.clear()
         await until(lambda: listens(sim.port))
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             assert (await Asker(sim, client).post("gemini", USER)).status_code == 200
 
 
@@ -486,7 +486,7 @@ async def test_the_clock_can_be_set_back(tmp_path: Path) -> None:
         statuses = [(await asker.post("anthropic", USER)).status_code]
         clock.now += 7
         statuses.append((await asker.post("anthropic", USER)).status_code)
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             assert (await client.get(f"{asker.root}/__clock")).json() == {"seconds": 7}
             assert (await client.post(f"{asker.root}/__clock")).json() == {"seconds": 0}
             assert (await client.put(f"{asker.root}/__clock")).status_code == 404
@@ -543,7 +543,7 @@ async def test_it_understands_clients_other_than_httpx() -> None:
 async def test_a_streamed_answer_comes_in_few_packets() -> None:
     async with faulty() as (sim, asker):
         response = await asker.post("openai", USER, stream=True)
-        async with httpx.AsyncClient() as client:
+        async with httpx2.AsyncClient() as client:
             request = client.stream(
                 "POST", f"{sim.base_url}/chat/completions", json={**json.loads(BODY), "stream": True}
             )

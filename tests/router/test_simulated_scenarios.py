@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
+import httpx2
 import pytest
 
 from ridethrough.runtime.errors import ConfigError
@@ -224,7 +224,7 @@ async def test_simulate_is_the_deployment_that_it_is_told(tmp_path: Path) -> Non
             await ready.wait()
             provider = started[-1]
             provider.faults.add(Fault("auth", deployment=f"#{position}", times=1))
-            async with httpx.AsyncClient() as client:
+            async with httpx2.AsyncClient() as client:
                 response = await client.post(f"{provider.base_url}/v1beta/models/m:generateContent", json=body)
             assert response.status_code == 401
             tasks.cancel_scope.cancel()

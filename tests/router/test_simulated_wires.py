@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema
 import pytest
 from tests.router.asking import WIRES, Asker, Said, body_of, path_of, read_whole
@@ -43,7 +43,7 @@ async def test_rules_see_the_same_whatever_the_wire() -> None:
         seen.append(request)
         return "noted"
 
-    async with SimulatedProvider(script) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(script) as sim, httpx2.AsyncClient() as client:
         for name in WIRES:
             await Asker(sim, client).answer(name, *TALK, tools=["search", "count"])
     assert note(seen[0]) == "noted"
@@ -63,7 +63,7 @@ async def test_another_conversation_has_another_digest(changed: int) -> None:
     said = list(TALK)
     other = said[changed]
     said[changed] = Said(other.role, other.text + "!", other.id, other.name + "x", '{"q": "other"}')
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         for name in WIRES:
             await Asker(sim, client).answer(name, *TALK)
             await Asker(sim, client).answer(name, *said)
@@ -79,7 +79,7 @@ async def test_images_are_part_of_a_conversation() -> None:
         "anthropic": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}},
         "gemini": {"inlineData": {"mimeType": "image/png", "data": "aGk="}},
     }
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         for name, part in parts.items():
             body = body_of(name, [USER])
             turn = next(body[key] for key in ("messages", "input", "contents") if key in body)[0]
@@ -106,7 +106,7 @@ async def test_an_answer_has_all_its_parts(wire: WireName, stream: bool) -> None
         cached_tokens=60,
         cache_write_tokens=10,
     )
-    async with SimulatedProvider(Script().rule(answer)) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(Script().rule(answer)) as sim, httpx2.AsyncClient() as client:
         got = await Asker(sim, client).answer(wire, USER, stream=stream, tools=["search"])
     assert got.text == answer.text
     assert got.reasoning == answer.reasoning
@@ -136,21 +136,24 @@ FINISHES: dict[WireName, dict[str, str]] = {
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("finish", ["stop", "length", "content_filter", "odd"])
 async def test_each_wire_has_its_words_for_why_it_stopped(wire: WireName, finish: str, stream: bool) -> None:
-    async with SimulatedProvider(Script().rule(Answer(text="so", finish=finish))) as sim, httpx.AsyncClient() as client:
+    async with (
+        SimulatedProvider(Script().rule(Answer(text="so", finish=finish))) as sim,
+        httpx2.AsyncClient() as client,
+    ):
         got = await Asker(sim, client).answer(wire, USER, stream=stream)
     assert got.finish == FINISHES[wire][finish]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_refusal(wire: WireName, stream: bool) -> None:
-    async with SimulatedProvider(Script().rule(Answer(refusal="I will not."))) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(Script().rule(Answer(refusal="I will not."))) as sim, httpx2.AsyncClient() as client:
         got = await Asker(sim, client).answer(wire, USER, stream=stream)
     assert (got.text, got.refusal) == ("", "I will not.")
 
 
 async def test_structured_output_needs_no_rule(wire: WireName) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}, "required": ["n"]}
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         got = await Asker(sim, client).answer(wire, USER, schema=schema)
     jsonschema.validate(json.loads(got.text), schema)
 
@@ -164,7 +167,7 @@ REQUIRED: dict[WireName, dict[str, Any]] = {
 
 
 async def test_a_required_call_needs_no_rule(wire: WireName) -> None:
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         body = {**body_of(wire, [USER], tools=["search", "count"]), **REQUIRED[wire]}
         response = await client.post(f"http://127.0.0.1:{sim.port}{path_of(wire)}", json=body)
     [(name, arguments)] = read_whole(wire, response.json()).calls
@@ -173,7 +176,7 @@ async def test_a_required_call_needs_no_rule(wire: WireName) -> None:
 
 
 async def test_the_base_url_is_as_the_vendors_client_takes_it(wire: WireName) -> None:
-    async with SimulatedProvider(wire=wire) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(wire=wire) as sim, httpx2.AsyncClient() as client:
         version = "/v1" if wire.startswith("openai") else ""
         assert sim.base_url == f"http://127.0.0.1:{sim.port}{version}"
         models = "v1beta/models" if wire == "gemini" else "v1/models"
@@ -190,7 +193,7 @@ async def test_the_base_url_is_as_the_vendors_client_takes_it(wire: WireName) ->
 
 
 async def test_the_list_of_models_has_the_askers_form() -> None:
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         root = f"http://127.0.0.1:{sim.port}"
         openai = await client.get(f"{root}/v1/models")
         anthropic = await client.get(f"{root}/v1/models", headers={"anthropic-version": "2023-06-01"})
@@ -199,7 +202,7 @@ async def test_the_list_of_models_has_the_askers_form() -> None:
 
 
 async def test_gemini_without_events_streams_an_array() -> None:
-    async with SimulatedProvider(Script().rule("one two three")) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(Script().rule("one two three")) as sim, httpx2.AsyncClient() as client:
         path = path_of("gemini", stream=True).replace("?alt=sse", "")
         response = await client.post(f"http://127.0.0.1:{sim.port}{path}", json=body_of("gemini", [USER]))
     chunks = response.json()
@@ -224,7 +227,7 @@ WRONG: list[tuple[WireName, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "body"), WRONG)
 async def test_a_wrong_request_is_refused_in_the_wires_way(name: WireName, body: dict[str, Any]) -> None:
-    async with SimulatedProvider() as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         response = await client.post(f"http://127.0.0.1:{sim.port}{path_of(name)}", json=body)
     error = response.json()["error"]
     assert response.status_code == 400
@@ -237,7 +240,7 @@ async def test_a_wrong_request_is_refused_in_the_wires_way(name: WireName, body:
 
 async def test_an_answer_that_changes_is_not_the_one_that_was_kept(wire: WireName) -> None:
     script = Script().rule("first", times=1).rule("then")
-    async with SimulatedProvider(script) as sim, httpx.AsyncClient() as client:
+    async with SimulatedProvider(script) as sim, httpx2.AsyncClient() as client:
         asker = Asker(sim, client)
         texts = [(await asker.answer(wire, USER)).text for _ in range(3)]
         streamed = [(await asker.answer(wire, USER, stream=True)).text for _ in range(2)]

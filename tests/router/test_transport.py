@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import shutil
 import socket
@@ -10,7 +11,7 @@ import struct
 import subprocess
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import pytest
 from anyio.abc import ByteStream, SocketAttribute
 from anyio.streams.tls import TLSListener
 
-from ridethrough.runtime.errors import Slow, Transport, UsageError
+from ridethrough.runtime.errors import ConfigError, Slow, Transport, UsageError
 from ridethrough.runtime.router import transport
-from ridethrough.runtime.router.address import Broken, Endpoint, proxy_for, target_of
+from ridethrough.runtime.router.address import joined, parsed, proxy_for
 from ridethrough.runtime.router.transport import Connections, Deadline, is_loopback
 
 pytestmark = pytest.mark.anyio
@@ -59,7 +60,9 @@ class Visit:
             while b"\r\n\r\n" not in self._rest:
                 self._rest += await self.stream.receive()
             head, _, rest = self._rest.partition(b"\r\n\r\n")
-            length = next((int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")), 0)
+            length = next(
+                (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
+            )
             while len(rest) < length:
                 rest += await self.stream.receive()
         except (anyio.EndOfStream, anyio.BrokenResourceError):
@@ -173,7 +176,8 @@ async def test_a_request_and_its_answer() -> None:
     (head,) = server.heads
     first, *fields = head.split("\r\n")
     assert first == "POST /v1/chat/completions HTTP/1.1"
-    assert {f"host: 127.0.0.1:{server.port}", "content-length: 7", "x-key: k", "user-agent: ridethrough"} <= {*fields}
+    sent = {field.lower() for field in fields}
+    assert {f"host: 127.0.0.1:{server.port}", "content-length: 7", "x-key: k", "user-agent: ridethrough"} <= sent
     assert server.visits[0].bodies == [b'{"a":1}']
 
 
@@ -189,31 +193,59 @@ async def test_get_has_no_body() -> None:
 @pytest.mark.parametrize(
     ("base", "path", "whole"),
     [
-        ("http://h/v1", "chat", "/v1/chat"),
-        ("http://h/v1/", "/chat", "/v1/chat"),
-        ("http://h", "chat?alt=sse", "/chat?alt=sse"),
-        ("http://h", "", "/"),
-        ("https://h/openai/deployments/gpt?api-version=1", "chat", "/openai/deployments/gpt/chat?api-version=1"),
-        ("https://h/v1?api-version=1", "m:stream?alt=sse", "/v1/m:stream?api-version=1&alt=sse"),
-        ("https://h/v1", "models/ü b%20c", "/v1/models/%C3%BC%20b%20c"),
+        ("http://h/v1", "chat", "http://h/v1/chat"),
+        ("http://h/v1/", "/chat", "http://h/v1/chat"),
+        ("http://h", "chat?alt=sse", "http://h/chat?alt=sse"),
+        ("http://h/v1/#part", "", "http://h/v1"),
+        ("https://h/openai/gpt?api-version=1", "chat", "https://h/openai/gpt/chat?api-version=1"),
+        ("https://h/v1?api-version=1", "m:stream?alt=sse", "https://h/v1/m:stream?api-version=1&alt=sse"),
     ],
 )
 def test_paths_are_joined(base: str, path: str, whole: str) -> None:
-    assert target_of(base).path(path) == whole
+    assert joined(base, path) == whole
 
 
-def test_base_urls_are_taken_apart() -> None:
-    assert target_of("https://h/x").endpoint == Endpoint("h", 443, True)
-    assert target_of("http://[::1]:8080").host == "[::1]:8080"
-    assert target_of("https://bücher.example").host == "xn--bcher-kva.example"
-    assert target_of("http://u%40:p@h").headers == (("authorization", "Basic dUA6cA=="),)
-    assert is_loopback("http://localhost:1/v1")
-    assert not is_loopback("http://10.0.0.1")
-    for url in ("ftp://u:secret@h", "h/v1", "http://", "http://u:secret@h:99999"):
-        with pytest.raises(Broken) as caught:
-            target_of(url)
-        assert caught.value.phase == "connect"
+async def test_what_urls_cannot_hold_is_quoted() -> None:
+    async with serving(polite) as server, Connections(f"http://u%40:p@127.0.0.1:{server.port}") as connections:
+        assert await ask(connections, path="models/ü b%20c?q=ü") == b"hello"
+        assert await ask(connections, path="", headers={"Authorization": "Bearer k"}) == b"hello"
+    first, second = server.heads
+    assert first.startswith("POST /models/%C3%BC%20b%20c?q=%C3%BC HTTP/1.1\r\n")
+    assert f"host: 127.0.0.1:{server.port}\r\n" in first.lower()
+    assert "authorization: Basic dUA6cA==" in first
+    assert second.startswith("POST / HTTP/1.1\r\n")
+    assert "authorization: Bearer k" in second
+
+
+BROKEN = ("ftp://u:secret@h", "h/v1", "http://", "http://u:secret@h:99999", "http://[::1", "http://u:secret@[::1")
+
+
+@pytest.mark.parametrize("url", BROKEN)
+async def test_a_base_url_that_is_none_is_told_without_its_password(url: str) -> None:
+    for look in (parsed, is_loopback, proxy_for):
+        with pytest.raises(ConfigError, match="base_url") as caught:
+            look(url)
         assert "secret" not in str(caught.value)
+    async with Connections(url) as connections:
+        error = await failure(connections)
+        assert error.phase == "connect"
+        assert "base_url" in error.message
+        assert "secret" not in error.message
+
+
+async def test_an_address_that_cannot_be_one() -> None:
+    async with Connections("http://" + "h" * 70 + ".example") as connections:
+        assert (await failure(connections)).phase == "connect"
+    async with Connections("http://127.0.0.1") as connections:
+        with pytest.raises(Transport) as caught:
+            await ask(connections, path="a\nb")
+        assert caught.value.phase == "connect"
+
+
+def test_this_machine() -> None:
+    assert is_loopback("http://localhost:1/v1")
+    assert is_loopback("https://[::1]")
+    assert not is_loopback("http://10.0.0.1")
 
 
 async def test_a_header_that_cannot_be_sent_is_named_without_its_value() -> None:
@@ -266,7 +298,8 @@ async def test_pieces_come_as_they_are_sent() -> None:
     async with serving(handle) as server, Connections(server.url) as connections:
         async with connections.post("c", b"", {}, connect=5, deadline=within(20), deployment="a") as reply:
             await sent.wait()
-            assert await reply.chunk(within(20)) == b"onetwo"
+            assert await reply.chunk(within(20)) == b"one"
+            assert await reply.chunk(within(20)) == b"two"
             taken.set()
             assert await reply.chunk(within(20)) == b"three"
             assert await reply.chunk(within(0)) is None  # the end came with the last piece: there is no wait for it
@@ -276,6 +309,7 @@ ENCODED = {
     "gzip": gzip.compress(b"hello " * 1000),
     "deflate": zlib.compress(b"hello " * 1000),
     "Deflate": zlib.compress(b"hello " * 1000)[2:-4],
+    "gzip, deflate": zlib.compress(gzip.compress(b"hello " * 1000)),
     "identity": b"hello " * 1000,
 }
 
@@ -295,10 +329,8 @@ async def test_encodings_are_undone(encoding: str) -> None:
     assert "accept-encoding: gzip, deflate" in server.heads[0]
 
 
-@pytest.mark.parametrize(
-    ("encoding", "data"), [("gzip", b"not gzip"), ("gzip", ENCODED["gzip"][:-9]), ("deflate", b"\xff"), ("br", b"x")]
-)
-async def test_damaged_and_unknown_encodings_are_errors(encoding: str, data: bytes) -> None:
+@pytest.mark.parametrize(("encoding", "data"), [("gzip", b"not gzip"), ("deflate", b"\x07not deflate")])
+async def test_a_damaged_body_is_an_error(encoding: str, data: bytes) -> None:
     async def handle(visit: Visit) -> None:
         while await visit.request():
             await visit.answer(data, f"content-encoding: {encoding}\r\n")
@@ -307,6 +339,27 @@ async def test_damaged_and_unknown_encodings_are_errors(encoding: str, data: byt
         error = await failure(connections)
         assert error.phase == "read"
         assert connections.in_flight == 0
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+async def test_a_body_that_is_left_alone_is_left_to_nobody(encoding: str) -> None:
+    """What the library has open is closed here: warnings are errors, and generators left behind give some."""
+    data = ENCODED[encoding]
+
+    async def handle(visit: Visit) -> None:
+        await visit.request()
+        await visit.stream.send(f"HTTP/1.1 200 OK\r\ncontent-encoding: {encoding}\r\n\r\n".encode() + data[:20])
+        await visit.stream.send(data[20:40])
+        await visit.request()
+
+    async with serving(handle) as server, Connections(server.url) as connections:
+        async with connections.post("c", b"", {}, connect=5, deadline=within(20), deployment="a") as reply:
+            await reply.chunk(within(20))
+        async with connections.post("c", b"", {}, connect=5, deadline=within(20), deployment="a") as reply:
+            with pytest.raises(Slow):
+                await reply.body(within(0.05))
+        assert len(server.visits) == 2
+    gc.collect()
 
 
 async def test_a_body_beyond_the_limit_is_refused() -> None:
@@ -376,24 +429,61 @@ async def test_a_body_that_was_not_read_to_its_end_costs_its_connection() -> Non
         assert len(server.visits) == 2
 
 
-async def test_bytes_after_an_answer_are_not_taken_for_the_next() -> None:
-    async def handle(visit: Visit) -> None:
-        await visit.request()
-        await visit.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\na" * 2)
-        await visit.request()
-
-    async with serving(handle) as server, Connections(server.url) as connections:
-        assert await ask(connections) == b"a"
-        assert await ask(connections) == b"a"
-        assert len(server.visits) == 2
-
-
 async def test_kept_connections_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "KEPT_SECONDS", -1.0)
     async with serving(polite) as server, Connections(server.url) as connections:
         for _ in range(3):
             assert await ask(connections) == b"hello"
         assert len(server.visits) == 3
+
+
+async def test_pools_are_opened_as_they_fill_and_closed_when_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "SHARD", 2)
+    everyone, gone = anyio.Event(), anyio.Event()
+    ended: list[int] = []
+
+    async def handle(visit: Visit) -> None:
+        while await visit.request():
+            if len(server.heads) >= 5:
+                everyone.set()
+            await everyone.wait()
+            await visit.answer()
+        ended.append(visit.number)
+        if len(ended) == 3:
+            gone.set()
+
+    async with serving(handle) as server, Connections(server.url) as connections:
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(ask, connections)
+        assert len(server.visits) == 5
+        monkeypatch.setattr(transport, "KEPT_SECONDS", -1.0)
+        for _ in range(3):
+            assert await ask(connections) == b"hello"
+        await gone.wait()  # the last two pools, which had one connection and two
+        assert len(server.visits) == 5
+
+
+async def test_a_call_under_way_outlives_the_connections() -> None:
+    taken, gone = anyio.Event(), anyio.Event()
+
+    async def handle(visit: Visit) -> None:
+        await visit.request()
+        await visit.stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\none")
+        await taken.wait()
+        await visit.stream.send(b"two")
+        await visit.request()
+        gone.set()
+
+    async with serving(handle) as server:
+        connections = Connections(server.url)
+        async with AsyncExitStack() as stack:
+            async with connections:
+                call = connections.post("c", b"", {}, connect=5, deadline=within(20), deployment="a")
+                reply = await stack.enter_async_context(call)
+            taken.set()
+            assert await reply.body(within(20)) == b"onetwo"
+        await gone.wait()
 
 
 async def test_cancelling_a_call_closes_its_connection() -> None:
@@ -433,11 +523,9 @@ async def test_a_connection_closed_while_it_rested_is_not_used() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-async def test_a_kept_connection_that_closes_as_it_is_used_is_replaced_once(how: str) -> None:
+async def test_a_kept_connection_that_closes_as_it_is_used_is_told_and_replaced(how: str) -> None:
     async def handle(visit: Visit) -> None:
         await visit.request()
-        if visit.number == 2:
-            return
         await visit.answer()
         await visit.request()
         if how == "reset":
@@ -445,38 +533,12 @@ async def test_a_kept_connection_that_closes_as_it_is_used_is_replaced_once(how:
 
     async with serving(handle) as server, Connections(server.url) as connections:
         assert await ask(connections) == b"hello"
-        assert (await failure(connections)).phase == "read"  # the second one is new: its failure is told
-        assert [len(visit.heads) for visit in server.visits] == [2, 1]
-        assert await ask(connections) == b"hello"
-
-
-async def test_a_kept_connection_that_breaks_late_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "STALE_WINDOW", 0.0)
-
-    async def handle(visit: Visit) -> None:
-        await visit.request()
-        await visit.answer()
-        await visit.request()
-
-    async with serving(handle) as server, Connections(server.url) as connections:
-        assert await ask(connections) == b"hello"
         error = await failure(connections)
         assert error.phase == "read"
         assert "may have been billed" in error.message
         assert len(server.visits) == 1
-
-
-async def test_a_kept_connection_that_breaks_in_its_answer_is_not_asked_again() -> None:
-    async def handle(visit: Visit) -> None:
-        await visit.request()
-        await visit.answer()
-        await visit.request()
-        await visit.stream.send(b"HTTP/1.1 2")
-
-    async with serving(handle) as server, Connections(server.url) as connections:
         assert await ask(connections) == b"hello"
-        assert (await failure(connections)).phase == "read"
-        assert len(server.visits) == 1
+        assert len(server.visits) == 2
 
 
 # --- failures and their phases --------------------------------------------------------------------------------------
@@ -559,7 +621,7 @@ async def test_a_body_that_is_cut(ending: str) -> None:
             with pytest.raises(Transport) as caught:
                 await reply.chunk(within(20))
     assert caught.value.phase == "read"
-    assert str(caught.value.__cause__)
+    assert {"close": "incomplete", "reset": "reset by peer"}[ending] in caught.value.message
 
 
 GARBAGE = {
@@ -664,6 +726,30 @@ async def test_a_trusted_certificate_and_a_kept_connection(certificate: Path, mo
         assert len(server.visits) == 1
 
 
+async def test_a_handshake_that_is_not_answered_ends_and_is_closed() -> None:
+    gone, heard = anyio.Event(), anyio.Event()
+
+    async def handle(visit: Visit) -> None:
+        await visit.stream.receive()
+        heard.set()
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await visit.stream.receive()
+        gone.set()
+
+    async with serving(handle) as server, Connections(server.url.replace("http:", "https:")) as connections:
+        error = await failure(connections, connect=0.3)
+        assert error.phase == "connect"
+        assert "timeouts.connect" in error.message
+        await gone.wait()
+        gone, heard = anyio.Event(), anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask, connections)
+            await heard.wait()
+            group.cancel_scope.cancel()
+        await gone.wait()
+    gc.collect()
+
+
 async def test_a_server_that_speaks_no_tls() -> None:
     async def handle(visit: Visit) -> None:
         await visit.stream.receive()
@@ -674,18 +760,19 @@ async def test_a_server_that_speaks_no_tls() -> None:
             assert (await failure(connections)).phase == "connect"
 
 
-def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", "http://user:pa%3Ass@proxy:3128")
-    monkeypatch.setenv("ALL_PROXY", "socks5://proxy:1080")
+async def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "user:pass@proxy:3128")
+    monkeypatch.setenv("ALL_PROXY", "socks5://u:secret@proxy:1080")
     monkeypatch.setenv("NO_PROXY", "internal.example,10.0.0.1")
-    found = proxy_for(Endpoint("model.example", 443, True))
-    assert found is not None
-    assert found.endpoint == Endpoint("proxy", 3128, False)
-    assert found.headers == (("proxy-authorization", "Basic dXNlcjpwYTpzcw=="),)
-    assert "dXNlcjpwYTpzcw" not in repr(found)
-    assert proxy_for(Endpoint("a.internal.example", 443, True)) is None
-    with pytest.raises(Broken, match="'socks5'"):
-        proxy_for(Endpoint("model.example", 80, False))
+    assert proxy_for("https://k@model.example/v1") == "http://user:pass@proxy:3128"
+    assert proxy_for("https://a.internal.example:8443") is None
+    assert proxy_for("https://localhost") is None
+    with pytest.raises(ConfigError, match="'socks5'"):
+        proxy_for("http://model.example")
+    async with Connections("http://model.example") as connections:
+        error = await failure(connections)
+        assert error.phase == "connect"
+        assert "secret" not in error.message
 
 
 async def test_plain_calls_go_to_the_proxy_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,8 +782,9 @@ async def test_plain_calls_go_to_the_proxy_whole(monkeypatch: pytest.MonkeyPatch
             assert await ask(connections) == b"hello"
             assert await ask(connections) == b"hello"
     assert [len(visit.heads) for visit in proxy.visits] == [2]
-    assert proxy.heads[0].startswith("POST http://model.example/v1/chat?a=1 HTTP/1.1\r\nhost: model.example\r\n")
-    assert "proxy-authorization: Basic dTpw" in proxy.heads[0]
+    assert proxy.heads[0].startswith("POST http://model.example/v1/chat?a=1 HTTP/1.1\r\n")
+    assert "\r\nhost: model.example\r\n" in proxy.heads[0].lower()
+    assert "Proxy-Authorization: Basic dTpw" in proxy.heads[0]
 
 
 async def test_secure_calls_go_through_a_tunnel(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,8 +806,9 @@ async def test_secure_calls_go_through_a_tunnel(certificate: Path, monkeypatch: 
     assert len(proxy.heads) == 1
     assert proxy.heads[0].startswith("CONNECT model.example:443 HTTP/1.1\r\n")
     assert "Bearer" not in proxy.heads[0]
-    assert server.heads[0].startswith("POST /v1/chat HTTP/1.1\r\nhost: model.example\r\n")
-    assert "proxy-authorization" not in server.heads[0]
+    assert server.heads[0].startswith("POST /v1/chat HTTP/1.1\r\n")
+    assert "\r\nhost: model.example\r\n" in server.heads[0].lower()
+    assert "proxy-authorization" not in server.heads[0].lower()
 
 
 async def pump(source: ByteStream, sink: ByteStream) -> None:
@@ -728,6 +817,36 @@ async def pump(source: ByteStream, sink: ByteStream) -> None:
             await sink.send(data)
     except (anyio.BrokenResourceError, anyio.ClosedResourceError):
         pass
+
+
+async def test_a_proxy_that_is_silent_takes_no_longer_than_connecting_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(visit: Visit) -> None:
+        await visit.request()
+        await visit.request()
+
+    async with serving(silent) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        async with Connections("https://model.example/v1") as connections:
+            error = await failure(connections, connect=0.3)
+            assert error.phase == "connect"
+            assert "timeouts.connect" in error.message
+
+
+async def test_a_proxy_that_is_reached_by_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    async with serving(polite, server_context(certificate)) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"https://127.0.0.1:{proxy.port}")
+        async with Connections("http://model.example/v1") as connections:
+            assert await ask(connections) == b"hello"
+    assert proxy.heads[0].startswith("POST http://model.example/v1/chat HTTP/1.1\r\n")
+
+
+async def test_a_certificate_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    async with Connections("https://127.0.0.1:9") as connections:
+        error = await failure(connections)
+        assert error.phase == "connect"
+        assert "No such file" in error.message
 
 
 async def test_a_proxy_that_refuses_was_not_sent_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,7 +858,7 @@ async def test_a_proxy_that_refuses_was_not_sent_to(monkeypatch: pytest.MonkeyPa
     async with serving(refuse) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://u:secret@127.0.0.1:{proxy.port}")
         async with Connections("https://model.example/v1") as connections:
-            for text in ("status 407", "the proxy failed"):
+            for text in ("by way of the proxy: 407", "by way of the proxy: Server disconnected"):
                 error = await failure(connections)
                 assert error.phase == "connect"
                 assert text in error.message
