@@ -413,6 +413,7 @@ def _check_references(config: Config, source: _Source) -> None:
     _check_weights(source, config)
     for name, provider in config.providers.items():
         _check_provider(source, name, provider)
+        _check_base_url(source, name, provider)
         _check_headers(source, name, provider)
 
 
@@ -441,6 +442,16 @@ def _check_provider(source: _Source, name: str, provider: Provider) -> None:
         from ridethrough.runtime.router.providers.dialects import DIALECTS
 
         _known(source, (*here, "dialect"), "dialect", provider.dialect, DIALECTS)
+
+
+def _check_base_url(source: _Source, name: str, provider: Provider) -> None:
+    if provider.base_url is not None:
+        from ridethrough.runtime.router.address import parsed
+
+        try:
+            parsed(provider.base_url)
+        except ConfigError as error:
+            raise source.error(("providers", name, "base_url"), error.message) from None
 
 
 def _check_headers(source: _Source, name: str, provider: Provider) -> None:

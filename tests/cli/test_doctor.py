@@ -67,15 +67,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ask(folder: Path, kind: str, base_url: str, more: str = "") -> Finding:
-    """What is found out about the only provider."""
+def ask(folder: Path, kind: str, base_url: str, more: str = "", *, name: str = "provider p") -> Finding:
+    """What is found out about the only provider, or of another ``name``."""
     path = folder / "ridethrough.toml"
     path.write_text(
         f'[providers.p]\nkind = "{kind}"\nbase_url = "{base_url}"\napi_key = "env:DOCTOR_TEST_KEY"\n{more}\n'
     )
     findings = examine(Options(config=str(path)), offline=False)
     assert KEY not in json.dumps([finding.as_json() for finding in findings])
-    [found] = [finding for finding in findings if finding.name == "provider p"]
+    [found] = [finding for finding in findings if finding.name == name]
     return found
 
 
@@ -144,8 +144,14 @@ def test_what_a_provider_answers_is_told_apart(
     assert (found.status, words in found.detail, bool(found.mend)) == (status, True, True)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "ftp://127.0.0.1/v1", "127.0.0.1:8000"])
-def test_a_server_that_is_not_there_is_wrong(folder: Path, url: str) -> None:
-    found = ask(folder, "anthropic", url)
+def test_a_server_that_is_not_there_is_wrong(folder: Path) -> None:
+    found = ask(folder, "anthropic", "http://127.0.0.1:9")
     assert found.status == "wrong"
     assert "cannot be reached" in found.detail
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/v1", "127.0.0.1:8000", "http://[::1"])
+def test_an_address_that_is_none_is_told_with_its_line(folder: Path, url: str) -> None:
+    found = ask(folder, "anthropic", url, name="configuration")
+    assert found.status == "wrong"
+    assert "ridethrough.toml:3: providers.p.base_url: " in found.detail

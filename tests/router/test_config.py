@@ -151,6 +151,15 @@ def test_a_written_secret_is_refused_and_not_repeated(text: str) -> None:
     assert "sk-planted" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "ftp://u:planted@h", "http://u:planted@h:99999", "localhost:8000/v1", ""]
+)
+def test_a_base_url_that_is_none_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"f\.toml:3: providers\.a\.base_url: .* of the form http") as caught:
+        parse_config(f'[providers.a]\nkind = "openai"\nbase_url = "{url}"', Path("f.toml"))
+    assert "planted" not in str(caught.value)
+
+
 def test_secrets_are_resolved_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-1")
     (tmp_path / "key").write_text("sk-2\n")
