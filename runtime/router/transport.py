@@ -1,28 +1,22 @@
 """The one seam around the HTTP client: connections, phases and deadlines, and nothing about any provider.
 
-The client is httpx2's transport, without what its client adds (redirects, cookies, hooks, a second set of timeouts).
-Its pool looks at every connection for every request, so the calls are spread over pools of ``SHARD`` each: then a call
-costs the same among 200 as among 50. In ms of CPU a call, the server in another process, by calls at once (asyncio,
-the best of three runs; on trio it is the same within 0.04):
+Connections are httpcore2's, the library under httpx2 (the maintained fork of httpx): HTTP, TLS and proxies are its
+work. Which of the kept ones is taken is ours, a stack with the warmest on top, because the library's pools look at
+every connection for every request. In ms of CPU a call, the server in another process, by calls at once (asyncio; the rows
+with a star were measured on another day):
 
     =============================================  =====  =====  =====  =====  =====
     client                                             1     25     50    100    200
     =============================================  =====  =====  =====  =====  =====
-    httpx2 2.16, its transport, pools of 20: this   0.34   0.48   0.42   0.38   0.40
+    httpcore2 2.16, its connections, a stack: this  0.28   0.34   0.30   0.31   0.32
+    httpx2 2.16, its transport, pools of 20         0.34   0.48   0.42   0.38   0.40
     httpx2 2.16, its transport, one pool            0.33   0.47   0.47   0.53   0.65
+    httpx2 2.16, its client *                       0.40   0.56   0.56   0.71   0.90
+    httpx 0.28, its transport, one pool *           0.31   0.63   4.87  11.91  17.27
     a client of our own over h11                    0.14   0.19   0.18   0.17   0.16
     =============================================  =====  =====  =====  =====  =====
 
-    Measured before, when the last of those took 0.20 to 0.21:
-
-    =============================================  =====  =====  =====  =====  =====
-    httpx2 2.16, its client                         0.40   0.56   0.56   0.71   0.90
-    httpx 0.28, its transport, one pool             0.31   0.63   4.87  11.91  17.27
-    httpx 0.28, clients of 20 connections           0.53   0.79   0.74   0.74   0.85
-    =============================================  =====  =====  =====  =====  =====
-
-Our own was given up although it is the fastest: a library that others keep is worth a quarter of a millisecond. One
-pool costs more the more connections it has, httpx's collapses, and a client does what no call here needs.
+Our own was given up although it is the fastest: a library that others keep is worth an eighth of a millisecond.
 
 A deadline is a time of ``anyio.current_time()``. It is watched around each single wait, never across a yield, so that
 an abandoned stream leaves no cancel scope behind.
@@ -40,10 +34,10 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
 
@@ -53,6 +47,7 @@ from ridethrough.runtime.router.address import is_loopback, joined, parsed, prox
 if TYPE_CHECKING:
     import ssl
 
+    import httpcore2
     import httpx2
 
 __all__ = ["CONNECTIONS", "Connections", "Deadline", "Reply", "is_loopback", "too_slow"]
@@ -60,11 +55,11 @@ __all__ = ["CONNECTIONS", "Connections", "Deadline", "Reply", "is_loopback", "to
 CONNECTIONS = 4096
 """Connections to one server at once; what is beyond waits for one, for as long as it may for connecting."""
 
-SHARD = 20
-"""Calls at once in one of the library's pools, whose cost grows with the connections it has."""
-
 KEPT_SECONDS = 30.0
 """How long an unused connection is kept."""
+
+SWEEP_SECONDS = 1.0
+"""How often the connections that were not used for longest are looked at."""
 
 Phase = Literal["pool", "connect", "write", "read"]
 
@@ -84,9 +79,9 @@ class Deadline:
 class Reply:
     """An answer whose head is there; ``headers`` have names in lower case."""
 
-    def __init__(self, response: httpx2.Response, deployment: str) -> None:
-        self.status = response.status_code
-        self.headers: Mapping[str, str] = dict(response.headers.items())
+    def __init__(self, response: httpcore2.Response, deployment: str) -> None:
+        self.status: int = response.status
+        self.headers: Mapping[str, str] = _fields(response.headers)
         self._deployment = deployment
         self._response = response
         self._raw = _raw(response)
@@ -154,18 +149,25 @@ class _Unclosed:
         return await anext(self._pieces)
 
 
-def _raw(response: httpx2.Response) -> AsyncIterator[bytes]:
-    from httpx2 import AsyncByteStream
+def _fields(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return headers by their names in lower case; those that come twice are joined, as HTTP has it."""
+    found: dict[str, str] = {}
+    for raw, value in headers:
+        name, text = raw.decode("latin-1").lower(), value.decode("latin-1")
+        found[name] = f"{found[name]}, {text}" if name in found else text
+    return found
 
-    assert isinstance(response.stream, AsyncByteStream)
+
+def _raw(response: httpcore2.Response) -> AsyncIterator[bytes]:
+    assert isinstance(response.stream, AsyncIterable)
     return aiter(response.stream)
 
 
-def _decoded(response: httpx2.Response, raw: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """Undo the content encodings as the library does, in a second answer that has ``raw`` for its body."""
+def _decoded(response: httpcore2.Response, raw: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """Undo the content encodings as httpx2 does, in an answer of its own that has ``raw`` for its body."""
     from httpx2 import Response
 
-    return Response(response.status_code, headers=response.headers, content=_Unclosed(raw)).aiter_bytes()
+    return Response(response.status, headers=response.headers, content=_Unclosed(raw)).aiter_bytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,15 +218,6 @@ class _Progress:
                 await self._opened.aclose()
 
 
-@dataclass(eq=False)
-class _Shard:
-    """Some of the connections to a server, and how many calls they carry."""
-
-    http: httpx2.AsyncHTTPTransport
-    calls: int = 0
-    used_at: float = 0.0
-
-
 @dataclass
 class Connections:
     """All connections to one server. Open it as an async context manager.
@@ -236,10 +229,12 @@ class Connections:
     base_url: str
     limit: int = CONNECTIONS
     _slots: anyio.Semaphore | None = field(default=None, repr=False)
-    _shards: list[_Shard] = field(default_factory=list[_Shard], repr=False)
-    _urls: dict[str, httpx2.URL] = field(default_factory=dict[str, "httpx2.URL"], repr=False)
-    _tls: ssl.SSLContext | None = field(default=None, repr=False)
-    _proxy: httpx2.Proxy | None = field(default=None, repr=False)
+    _idle: list[_Connection] = field(default_factory=list["_Connection"], repr=False)
+    """Kept connections, the one that was used last at the end: it is taken first, so that the others run out."""
+    _in_flight: int = 0
+    _swept_at: float = 0.0
+    _urls: dict[str, _Address] = field(default_factory=dict[str, "_Address"], repr=False)
+    _way: _Way | None = field(default=None, repr=False)
 
     async def __aenter__(self) -> Connections:
         """Nothing is opened before the first call."""
@@ -249,13 +244,13 @@ class Connections:
     async def __aexit__(self, *_: object) -> None:
         """Close every kept connection; those of calls under way are closed as the calls end."""
         self._slots = None
-        for shard in [shard for shard in self._shards if not shard.calls]:
-            await self._close(shard)
+        while self._idle:
+            await _close(self._idle.pop())
 
     @property
     def in_flight(self) -> int:
         """Calls that are being made now."""
-        return sum(shard.calls for shard in self._shards)
+        return self._in_flight
 
     def post(
         self, path: str, body: bytes, headers: Mapping[str, str], *, connect: float, deadline: Deadline, deployment: str
@@ -283,35 +278,39 @@ class Connections:
             raise UsageError("the connections are not open: use them inside `async with`")
         request = self._request(method, path, body, headers, call)
         await self._take(slots, call)
+        self._in_flight += 1
         try:
-            shard = self._shard(call)
-            shard.calls += 1
+            connection = await self._connection(call)
             try:
-                reply = Reply(await self._answered(shard, request, call), call.deployment)
+                reply = Reply(await self._answered(connection, request, call), call.deployment)
                 try:
                     yield reply
                 finally:
                     await reply.aclose()
             finally:
-                await self._give_back(shard)
+                await self._give_back(connection)
         finally:
+            self._in_flight -= 1
             slots.release()
 
-    async def _answered(self, shard: _Shard, request: httpx2.Request, call: _Call) -> httpx2.Response:
+    async def _answered(self, connection: _Connection, request: httpcore2.Request, call: _Call) -> httpcore2.Response:
         progress = _Progress(call)
         request.extensions["trace"] = progress
         try:
             with progress.scope as scope:
                 try:
-                    return await shard.http.handle_async_request(request)
+                    return await connection.handle_async_request(request)
                 except _failures() as error:
-                    way = "by way of the proxy: " if self._proxy and progress.phase == "connect" else ""
+                    way = "by way of the proxy: " if self._is_proxied() and progress.phase == "connect" else ""
                     raise _failed(way + _told(error), progress.phase, call.deployment) from error
         finally:
             await progress.aclose()
         raise call.late(scope, progress.phase, f"no connection within {call.connect:g} s (timeouts.connect)")
 
-    # --- the pools --------------------------------------------------------------------------------------------------
+    def _is_proxied(self) -> bool:
+        return self._way is not None and self._way.proxy is not None
+
+    # --- the pool ---------------------------------------------------------------------------------------------------
 
     async def _take(self, slots: anyio.Semaphore, call: _Call) -> None:
         try:
@@ -322,57 +321,51 @@ class Connections:
                 return
             raise call.late(scope, "pool", f"all {self.limit} connections were taken for {call.connect:g} s") from None
 
-    def _shard(self, call: _Call) -> _Shard:
-        """Return the pool with the fewest calls; the first of those, so that the last ones fall idle and are closed."""
-        shard = min(self._shards, key=lambda shard: shard.calls, default=None)
-        if shard is None or shard.calls >= SHARD:
-            try:
-                shard = self._new_shard()
-            except _unusable() as error:
-                raise _failed(str(error), "connect", call.deployment) from error
-            self._shards.append(shard)
-        return shard
+    async def _connection(self, call: _Call) -> _Connection:
+        """Return the warmest kept connection that is still good, or a new one."""
+        while self._idle:
+            kept = self._idle.pop()
+            if not kept.has_expired():
+                return kept
+            await _close(kept)
+        try:
+            if self._way is None:
+                self._way = _way_to(self.base_url)
+            return self._way.open()
+        except _unusable() as error:
+            raise _failed(str(error), "connect", call.deployment) from error
 
-    def _new_shard(self) -> _Shard:
-        import httpx2
-
-        if self._tls is None:
-            self._tls, self._proxy = _way_to(self.base_url)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=SHARD, keepalive_expiry=KEPT_SECONDS)
-        return _Shard(httpx2.AsyncHTTPTransport(verify=self._tls, proxy=self._proxy, limits=limits))
-
-    async def _give_back(self, shard: _Shard) -> None:
-        shard.calls -= 1
-        shard.used_at = now = anyio.current_time()
-        last = shard if self._slots is None else self._shards[-1]
-        if not last.calls and (self._slots is None or now - last.used_at > KEPT_SECONDS):
-            await self._close(last)
-
-    async def _close(self, shard: _Shard) -> None:
-        self._shards.remove(shard)
-        with anyio.CancelScope(shield=True):
-            await shard.http.aclose()
+    async def _give_back(self, connection: _Connection) -> None:
+        if self._slots is None or not connection.is_idle() or connection.has_expired():
+            await _close(connection)
+            return
+        self._idle.append(connection)
+        now = anyio.current_time()
+        if now - self._swept_at >= SWEEP_SECONDS:
+            self._swept_at = now
+            while self._idle and self._idle[0].has_expired():
+                await _close(self._idle.pop(0))
 
     # --- what is sent -----------------------------------------------------------------------------------------------
 
     def _request(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], call: _Call
-    ) -> httpx2.Request:
-        import httpx2
+    ) -> httpcore2.Request:
+        import httpcore2
 
         try:
-            url = self._url(path)
-            named = {**_HEADERS, **_credentials(url), **{name.lower(): value for name, value in headers.items()}}
-            return httpx2.Request(method, url, headers=_encoded(named), content=body)
+            address = self._address(path)
+            named = {**_HEADERS, **address.headers, **{name.lower(): value for name, value in headers.items()}}
+            if body is not None:
+                named["content-length"] = str(len(body))
+            return httpcore2.Request(method, address.url, headers=_encoded(named), content=body)
         except _unusable() as error:
             raise _failed(str(error), "connect", call.deployment) from error
 
-    def _url(self, path: str) -> httpx2.URL:
+    def _address(self, path: str) -> _Address:
         """Return where ``path`` is; there are but a few, and each takes as long to read as a request to send."""
-        import httpx2
-
         if path not in self._urls:
-            self._urls[path] = httpx2.URL(joined(self.base_url, path))
+            self._urls[path] = _address_of(joined(self.base_url, path))
         return self._urls[path]
 
 
@@ -391,20 +384,118 @@ def too_slow(deployment: str, phase: str) -> Slow:
 # --- the way to a server --------------------------------------------------------------------------------------------
 
 
-def _way_to(base_url: str) -> tuple[ssl.SSLContext, httpx2.Proxy | None]:
-    """Return whom TLS trusts on the way to a server, and the proxy on it.
+@dataclass(frozen=True)
+class _Address:
+    """A URL in the library's form, and the headers that follow from it."""
+
+    url: httpcore2.URL
+    headers: Mapping[str, str]
+
+
+def _address_of(url: str) -> _Address:
+    """Read a URL; httpx2 knows how hosts and paths are encoded."""
+    import httpcore2
+    import httpx2
+
+    read = httpx2.URL(url)
+    target = httpcore2.URL(scheme=read.raw_scheme, host=read.raw_host, port=read.port, target=read.raw_path)
+    return _Address(target, {"host": read.netloc.decode("ascii"), **_credentials(read)})
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Where connections go, whom TLS trusts on the way, and the proxy on it."""
+
+    origin: httpcore2.Origin
+    tls: ssl.SSLContext
+    proxy: httpcore2.Proxy | None
+
+    def open(self) -> _Connection:
+        """Return a connection that connects at its first use; by way of a proxy it is one of the library's pools."""
+        import httpcore2
+
+        if self.proxy is not None:
+            return _Proxied(
+                httpcore2.AsyncHTTPProxy(
+                    proxy_url=self.proxy.url,
+                    proxy_auth=self.proxy.auth,
+                    proxy_ssl_context=self.proxy.ssl_context,
+                    ssl_context=self.tls,
+                    max_connections=1,
+                    keepalive_expiry=KEPT_SECONDS,
+                )
+            )
+        return httpcore2.AsyncHTTPConnection(self.origin, ssl_context=self.tls, keepalive_expiry=KEPT_SECONDS)
+
+
+def _way_to(base_url: str) -> _Way:
+    """Return the way to a server.
 
     Trust is what the system trusts, or what ``SSL_CERT_FILE`` or ``SSL_CERT_DIR`` name. To load it takes about 20 ms,
     so where there is no TLS it is left out: such a context trusts nobody.
     """
     import ssl
 
+    import httpcore2
     import httpx2
 
     proxy = proxy_for(base_url)
     secure = [url for url in (base_url, proxy) if url and parsed(url).scheme == "https"]
     tls = httpx2.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    return tls, httpx2.Proxy(proxy, ssl_context=tls if proxy in secure else None) if proxy else None
+    through: httpcore2.Proxy | None = None
+    if proxy:
+        read = httpx2.Proxy(proxy)
+        auth = None if read.raw_auth is None else read.raw_auth
+        through = httpcore2.Proxy(str(read.url), auth=auth, ssl_context=tls if proxy in secure else None)
+    return _Way(_address_of(joined(base_url, "")).url.origin, tls, through)
+
+
+class _Proxied:
+    """A pool of one connection by way of a proxy, as a connection."""
+
+    def __init__(self, pool: httpcore2.AsyncHTTPProxy) -> None:
+        self._pool = pool
+
+    async def handle_async_request(self, request: httpcore2.Request) -> httpcore2.Response:
+        """Send a request."""
+        return await self._pool.handle_async_request(request)
+
+    def has_expired(self) -> bool:
+        """Whether it cannot be used again; the pool replaces one that was closed by itself."""
+        return False
+
+    def is_idle(self) -> bool:
+        """Whether it may be kept."""
+        return True
+
+    async def aclose(self) -> None:
+        """Close it."""
+        await self._pool.aclose()
+
+
+class _Connection(Protocol):
+    """What is asked of a connection."""
+
+    async def handle_async_request(self, request: httpcore2.Request) -> httpcore2.Response:
+        """Send a request, and return the answer once its head is there."""
+        ...
+
+    def has_expired(self) -> bool:
+        """Whether the server has closed it, or it was kept too long."""
+        ...
+
+    def is_idle(self) -> bool:
+        """Whether the last answer was read to its end, so that it may be used again."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close it."""
+        ...
+
+
+async def _close(connection: _Connection) -> None:
+    with anyio.CancelScope(shield=True):
+        await connection.aclose()
 
 
 def _credentials(url: httpx2.URL) -> Mapping[str, str]:
@@ -431,9 +522,18 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 def _failures() -> tuple[type[Exception], ...]:
     """Return what the library raises when a connection fails; TLS and host names have errors of their own."""
+    import httpcore2
     import httpx2
 
-    return httpx2.HTTPError, OSError, UnicodeError
+    core = (httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError, httpcore2.ProxyError)
+    return (
+        *core,
+        httpcore2.UnsupportedProtocol,
+        httpcore2.ConnectionNotAvailable,
+        httpx2.HTTPError,
+        OSError,
+        UnicodeError,
+    )
 
 
 def _unusable() -> tuple[type[Exception], ...]:

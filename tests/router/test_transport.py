@@ -437,31 +437,27 @@ async def test_kept_connections_grow_old(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(server.visits) == 3
 
 
-async def test_pools_are_opened_as_they_fill_and_closed_when_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "SHARD", 2)
-    everyone, gone = anyio.Event(), anyio.Event()
-    ended: list[int] = []
+async def test_a_crowd_has_connections_of_its_own_and_the_warmest_is_used_on() -> None:
+    everyone = anyio.Event()
+    asked: list[int] = []
 
     async def handle(visit: Visit) -> None:
         while await visit.request():
+            asked.append(visit.number)
             if len(server.heads) >= 5:
                 everyone.set()
             await everyone.wait()
             await visit.answer()
-        ended.append(visit.number)
-        if len(ended) == 3:
-            gone.set()
 
     async with serving(handle) as server, Connections(server.url) as connections:
         async with anyio.create_task_group() as group:
             for _ in range(5):
                 group.start_soon(ask, connections)
         assert len(server.visits) == 5
-        monkeypatch.setattr(transport, "KEPT_SECONDS", -1.0)
         for _ in range(3):
             assert await ask(connections) == b"hello"
-        await gone.wait()  # the last two pools, which had one connection and two
         assert len(server.visits) == 5
+        assert len(set(asked[5:])) == 1
 
 
 async def test_a_call_under_way_outlives_the_connections() -> None:
