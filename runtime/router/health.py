@@ -89,6 +89,9 @@ for by those who have no other, or after so long, each call that was to tell and
 SIZES = (2_000, 16_000, 64_000)
 """Bounds of the classes of prompt sizes, in tokens: a long prompt is slow, and that is normal for it."""
 
+AT_LEAST = 1.0
+"""Seconds without output that are never slow, unless the configuration says so: a busy machine stalls as long."""
+
 ENOUGH, KEPT = 8, 128
 STRETCHES = 16
 """How many stretches of half as many values are remembered besides."""
@@ -103,6 +106,7 @@ class Quantiles:
         self._fresh = 0
         self._stretch: list[float] = []
         self._stretches: deque[list[float]] = deque(maxlen=STRETCHES)
+        self._best: dict[float, float] = {}
 
     def add(self, value: float) -> None:
         """Take a value."""
@@ -112,6 +116,7 @@ class Quantiles:
         if len(self._stretch) >= KEPT // 2:
             self._stretches.append(sorted(self._stretch))
             self._stretch.clear()
+            self._best.clear()
 
     def __len__(self) -> int:
         """How many values there are."""
@@ -128,9 +133,11 @@ class Quantiles:
     def at_best(self, share: float) -> float | None:
         """Return the quantile in the best of the last stretches: slowness that creeps in must not become normal."""
         now = self.at(share)
-        if now is None:
-            return None
-        return min([now, *(_quantile(stretch, share) for stretch in self._stretches)])
+        if now is None or not self._stretches:
+            return now
+        if share not in self._best:
+            self._best[share] = min(_quantile(stretch, share) for stretch in self._stretches)
+        return min(now, self._best[share])
 
 
 def _quantile(values: list[float], share: float) -> float:
@@ -238,6 +245,7 @@ class Health:
         self._resort_failures = 0
         self._needed_at = -math.inf
         self._patience = 1.0
+        self._never_slow = min(AT_LEAST, timeouts.first_token)
 
     # --- before a call ----------------------------------------------------------------------------------------------
 
@@ -425,13 +433,14 @@ class Health:
     def _is_late(self, ticket: Ticket, now: float) -> bool:
         if ticket.first_token is not None or ticket.overdue:
             return False
-        return now - ticket.started > self.slow_after(ticket.size)
+        age = now - ticket.started
+        return age > self._never_slow and age > self.slow_after(ticket.size)
 
     def slow_after(self, size: int = 0) -> float:
         """Return the seconds after which a call without output counts as slow: three times what is normal at most."""
         p95 = self.normal.slowest_first(size)
         ceiling = self.timeouts.first_token
-        return ceiling if p95 is None else min(ceiling, self._patience * max(1.0, 3.0 * p95))
+        return ceiling if p95 is None else min(ceiling, self._patience * max(AT_LEAST, 3.0 * p95))
 
     def first_token_deadline(self, size: int = 0) -> float:
         """Return the seconds after which a call without output is ended even if it is the only slow one."""

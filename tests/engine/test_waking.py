@@ -240,7 +240,7 @@ async def test_no_more_come_at_once_than_the_ramp_lets_in(
 async def test_who_is_on_the_way_is_not_called_again(url: str, open_runtime: Any) -> None:
     """A run may take a while until it asks; meanwhile its place is not given to another one."""
     names = [f"n{number}" for number in range(7)]
-    async with SimulatedProvider(echo()) as provider:
+    async with SimulatedProvider(Script(latency=0.3).rule("{{user}}")) as provider:
         ill(url, "a", 0.8)
         async with open_runtime(config=config_of('["a"]', a=provider.base_url)) as runtime:
             runs = await begin(runtime, ask_slowly, *names)
