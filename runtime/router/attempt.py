@@ -20,6 +20,7 @@ from ridethrough.runtime.router.errors import TABLE, Rule, Stalled, classify, re
 from ridethrough.runtime.router.health import Ticket
 from ridethrough.runtime.router.messages import ModelRequest
 from ridethrough.runtime.router.providers.wire import Answer, Rendered, Stream
+from ridethrough.runtime.router.redaction import redact
 from ridethrough.runtime.router.transport import Deadline, Reply
 
 USAGE_GRACE = 2.0
@@ -85,7 +86,7 @@ class Attempt:
         """
         try:
             async with self._post() as reply:
-                self.request_id = request_id(reply.headers)
+                self.request_id = self._redacted(request_id(reply.headers))
                 self.reply_headers = reply.headers
                 if reply.status >= 300:
                     raise await self._refused(reply)
@@ -95,7 +96,7 @@ class Attempt:
                     self.answer = await self._read_whole(reply)
                 return self.answer
         except ModelError as error:
-            raise self._clean(error) from error.__cause__
+            raise self._clean(error) from self._clean_cause(error.__cause__)
         finally:
             self.ended_at = anyio.current_time()
 
@@ -120,7 +121,8 @@ class Attempt:
         body = b""
         with suppress(ModelError):
             body = await reply.body(self._total(), limit=1 << 20)
-        return classify(reply.status, _parsed(body), reply.headers, deployment=self.deployment.name, table=self._table)
+        told = redact(body.decode("utf-8", "replace"), self._secrets)
+        return classify(reply.status, _parsed(told), reply.headers, deployment=self.deployment.name, table=self._table)
 
     async def _read_whole(self, reply: Reply) -> Answer:
         body = await reply.body(self._total())
@@ -201,14 +203,20 @@ class Attempt:
         return Deadline(min(self.started + self._timeouts.total, self._until), "total")
 
     def _clean(self, error: ModelError) -> ModelError:
-        """Take secrets out of the message. The error's own fields hold none: codes and ids are the provider's."""
-        text = error.message
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        error.args = (text, *error.args[1:])
+        """Take secrets out of the message, and out of the provider's code and id, in which it may repeat them."""
+        error.args = (redact(error.message, self._secrets), *error.args[1:])
+        error.code = self._redacted(error.code)
         error.deployment = error.deployment or self.deployment.name
-        error.request_id = error.request_id or self.request_id
+        error.request_id = self._redacted(error.request_id) or self.request_id
         return error
+
+    def _clean_cause(self, cause: BaseException | None) -> BaseException | None:
+        """Return the cause, unless it holds what a server said with a secret in it."""
+        told = f"{cause!r} {vars(cause)}" if cause is not None else ""
+        return cause if redact(told, self._secrets) == told else None
+
+    def _redacted(self, text: str | None) -> str | None:
+        return redact(text, self._secrets) if text else text
 
 
 def _earlier(left: Deadline, right: Deadline) -> Deadline:
@@ -221,8 +229,8 @@ def _is_stream(reply: Reply, asked: bool) -> bool:
     return kind == "text/event-stream" or (asked and not kind.endswith("json") and kind != "text/html")
 
 
-def _parsed(body: bytes) -> object:
+def _parsed(body: str) -> object:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        return body[:2000].decode("utf-8", "replace")
+        return body[:2000]
