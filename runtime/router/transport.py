@@ -2,8 +2,8 @@
 
 Connections are httpcore2's, the library under httpx2 (the maintained fork of httpx): HTTP, TLS and proxies are its
 work. Which of the kept ones is taken is ours, a stack with the warmest on top, because the library's pools look at
-every connection for every request. In ms of CPU a call, the server in another process, by calls at once (asyncio; the rows
-with a star were measured on another day):
+every connection for every request. In ms of CPU a call, the server in another process, by calls at once (asyncio; the
+rows with a star were measured before):
 
     =============================================  =====  =====  =====  =====  =====
     client                                             1     25     50    100    200

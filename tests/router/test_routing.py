@@ -94,8 +94,15 @@ class World:
         router = self.router
         in_flight = [state for state in router.states() if state.in_flight]
         reserved = [key for key, (_, held) in self.ledger._sums.items() if held]
-        queues = [queue for queue in router._queues.values() if queue]
-        return [*in_flight, *reserved, *queues, *router._waiting, *router._flights._under_way, *self.ledger._holds]
+        queues = [queue for queue in router._entrance._queues.values() if queue]
+        return [
+            *in_flight,
+            *reserved,
+            *queues,
+            *router._entrance._waiting,
+            *router._flights._under_way,
+            *self.ledger._holds,
+        ]
 
 
 @asynccontextmanager
