@@ -1,7 +1,8 @@
 """What workers know of deployments, shared: one worker's discovery serves all.
 
 It goes through the ledger at a bounded rate. What others say is believed where it is bad news (a deployment is out, an
-account is shut); that one is well again each finds out by its own calls.
+account is shut), and where somebody was answered by an account that had no credit; that a deployment is well again each
+finds out by its own calls.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ class Knowledge:
             health.adopt(state.until - self.clock_offset, now, "another worker found it ill")
         if state.state in ("open", "half_open", "ramping"):  # perhaps it is well by now: one call tells
             health.expect_crowd(now, "another worker found it ill a while ago")
+        account = deployment.credential
+        if account.reason == "quota" and self._answered_at(state) > account.refused_at:
+            account.reopen(now)  # somebody has been answered since: there is credit again
         reason = next((each for each in SHUT_REASONS if each == state.quota_reason), None)
         if state.quota_until is not None and reason in ("rate", "quota"):  # of keys each process has its own
             until = state.quota_until - self.clock_offset
@@ -81,3 +85,7 @@ class Knowledge:
             if until > max(now, scope.shut_until, scope.forgiven + 1.0):
                 scope.shut(now, reason, until - now, state.detail)
                 health.ease(now, gently=True)
+
+    def _answered_at(self, state: DeploymentState) -> float:
+        """Return when another worker was last answered, on anyio's clock, if that is the last that it knows."""
+        return state.at - self.clock_offset if state.at is not None and state.verdict == "ok" else -math.inf

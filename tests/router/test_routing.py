@@ -1120,3 +1120,22 @@ def json_of(text: str) -> Any:
     import json
 
     return json.loads(text)
+
+
+async def test_credit_that_another_worker_has_found_is_believed() -> None:
+    """One is told that the account is empty; another is answered later: the first does not wait for its minutes."""
+    ledger, question = MemoryLedger(), ModelRequest([{"role": "user", "content": "hi"}])
+    script = Script(faults=[Fault("quota", times=1)]).rule(ANSWER)
+    async with SimulatedProvider(script) as sim:
+        config = parse_config(
+            f'[providers.a]\nkind = "openai"\nbase_url = "{sim.base_url}"\n'
+            '[models.a]\nprovider = "a"\nmodel = "m"\nprice = { input = 1, output = 1 }\n'
+        )
+        async with Router.open(config, ledger=ledger) as first, Router.open(config, ledger=ledger) as second:
+            with pytest.raises(Unavailable) as caught:
+                await first.complete(question, route="a")
+            assert caught.value.reason == "quota"
+            assert (await second.complete(question, route="a")).text == ANSWER
+            await until(lambda: any(state.verdict == "ok" for state in ledger._states.values()))
+            await first._knowledge.read()
+            assert (await first.complete(question, route="a")).text == ANSWER
