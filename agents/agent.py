@@ -240,8 +240,8 @@ class Agent(Generic[OutT]):
         self.output = output
         self.guardrails = tuple(guardrails)
         self.limits = limits
-        self.floor = floor
-        self.priority = priority
+        self.floor: Tier | None = floor
+        self.priority: PriorityClass | None = priority
         self.tool_concurrency = tool_concurrency
         self.output_retries = output_retries
         self.temperature = temperature

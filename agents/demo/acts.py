@@ -115,6 +115,7 @@ async def revive(stage: Stage, teller: Teller, evidence: Evidence) -> None:
     """Let a new process take the run up; while it works no provider answers for a while. It has to end by itself."""
     async with stage.life("resume", stage.run_id) as life:
         teller.process(life.pid, f"ridethrough resume {stage.run_id} …")
+        status = -1
         async with _telling(stage, teller, life, evidence):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_take_providers_away, stage, teller, evidence)

@@ -108,5 +108,6 @@ def _rounded_up(usd: float) -> float:
 
 def higher(left: Tier | None, right: Tier | None) -> Tier | None:
     """Return the stricter of two floors."""
-    known = [tier for tier in (left, right) if tier is not None]
-    return min(known, key=TIERS.index, default=None)
+    if left is None or right is None:
+        return left or right
+    return min(left, right, key=TIERS.index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -188,7 +189,7 @@ async def test_a_planted_key_is_nowhere(
         for name, fault in FAULTS.items():
             for wire in WIRES:
                 urls[f"{name}-on-{wire}"] = root + ("/v1" if wire.startswith("openai") else "")
-                provider.faults.add(Fault(**{**vars(fault), "model": f"{name}-on-{wire}"}))
+                provider.faults.add(replace(fault, model=f"{name}-on-{wire}"))
         text, routes = configuration(tmp_path, urls)
         (tmp_path / "ridethrough.toml").write_text(text)
         (tmp_path / "asking.py").write_text(PROGRAM)

@@ -20,7 +20,8 @@ from ridethrough.runtime.router.context import CallContext
 from ridethrough.runtime.router.errors import Rule
 from ridethrough.runtime.router.messages import ModelRequest, ModelResponse
 from ridethrough.runtime.router.providers.simulated import Answer, Call, Fault, Script, SimulatedProvider
-from ridethrough.runtime.router.router import ModelFinished, Router
+from ridethrough.runtime.router.router import Router
+from ridethrough.runtime.router.stream import ModelFinished
 from ridethrough.runtime.router.transport import Connections
 
 pytestmark = pytest.mark.anyio

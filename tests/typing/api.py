@@ -164,7 +164,8 @@ chief = Agent(
     model=function_model,
     tools=[researcher.as_tool("research", "Finds claims."), editor.as_tool(description="Edits.")],
     output=list[int],
-    priority="batch",
+    priority="low",
+    floor="standard",
 )
 
 
