@@ -110,4 +110,4 @@ def higher(left: Tier | None, right: Tier | None) -> Tier | None:
     """Return the stricter of two floors."""
     if left is None or right is None:
         return left or right
-    return min(left, right, key=TIERS.index)
+    return left if TIERS.index(left) <= TIERS.index(right) else right
