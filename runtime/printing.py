@@ -120,11 +120,11 @@ def _waits(run: RunView) -> str:
     if run.pause.reason == "operator":
         return "an operator's resume"
     until = f" until {when(run.pause.until)}" if run.pause.until else ""
-    return ", ".join(describe_wait(wait) for wait in run.waits[:3]) or f"{run.pause.reason}{until}"
+    return ", ".join(describe_wait(wait, since=True) for wait in run.waits[:3]) or f"{run.pause.reason}{until}"
 
 
-def describe_wait(wait: WaitView) -> str:
-    """What is awaited, in a few words."""
+def describe_wait(wait: WaitView, *, since: bool = False) -> str:
+    """What is awaited, in a few words; of models also ``since`` when, if that is asked for."""
     until = f" until {when(wait.until)}" if wait.until else ""
     match wait.kind:
         case "timer":
@@ -140,7 +140,8 @@ def describe_wait(wait: WaitView) -> str:
         case "model":
             why = f": {shortened(wait.question, 240)}" if wait.question else ""
             what = {"configuration": "a mended configuration", "quota": "credit", "budget": "money"}.get(wait.name)
-            return f"{what}{why}" if what else f"the models ({wait.name}){until}{why}"
+            begun = f", since {when(wait.since)}" if since else ""
+            return f"{what or f'the models ({wait.name}){until}'}{begun}{why}"
         case _:
             return f"{wait.kind} {wait.name}{until}"
 
@@ -239,6 +240,8 @@ def _facts(run: RunView) -> str:
 def _wait_lines(run: RunView, options: Options) -> Iterator[str]:
     for wait in run.waits:
         lines = list(answers(Blocker(run_id=run.id, wait=wait), options))
+        if wait.kind == "model":
+            lines[0] = f"# {describe_wait(wait, since=True)}"
         yield from lines or [f"{describe_wait(wait)}, since {when(wait.since)}"]
 
 
