@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import anyio
+import anyio.abc
 
 from ridethrough.runtime.errors import ModelError, Slow
 from ridethrough.runtime.router.attempt import Attempt, Said
@@ -84,22 +85,30 @@ class Race:
         self.winner = attempt
 
     async def run(self, after: float, second: Second) -> None:
-        """Run the first attempt, and from ``after`` seconds without output on a second one beside it."""
-        first = self.attempts[0]
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._run, first)
-            with anyio.move_on_after(after):
-                await self._moved.wait()
-            if self._moved.is_set():
-                return
-            hedge = await second()
-            if hedge is None:
-                return
-            attempt, place = hedge
-            self.attempts.append(attempt)
-            self.places[attempt] = place
-            attempt.heard = self._hear
-            group.start_soon(self._run, attempt)
+        """Run the first attempt, and from ``after`` seconds without output on a second one beside it.
+
+        Raises:
+            Exception: What went wrong besides the attempts (in a listener, say), as it is and in no group.
+        """
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._run, self.attempts[0])
+                with anyio.move_on_after(after):
+                    await self._moved.wait()
+                if not self._moved.is_set():
+                    await self._run_beside(group, second)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _run_beside(self, group: anyio.abc.TaskGroup, second: Second) -> None:
+        hedge = await second()
+        if hedge is None:
+            return
+        attempt, place = hedge
+        self.attempts.append(attempt)
+        self.places[attempt] = place
+        attempt.heard = self._hear
+        group.start_soon(self._run, attempt)
 
     async def _run(self, attempt: Attempt) -> None:
         failure = await run_attempt(attempt)

@@ -419,7 +419,7 @@ class Router:
             place = self._entrance.take(call, but=(race.attempts[0].deployment.name,))
             if place is not None and await self._pay(call, place):
                 hedge = await self._beside(call, race, place)
-        except (BudgetExceeded, ConfigError, ModelError) as error:  # the first attempt is under way: go on with it
+        except (BudgetExceeded, ConfigError, ModelError, StoreError) as error:  # the first is under way: go on with it
             log.debug("no second attempt beside %s: %s", race.attempts[0].deployment.name, error)
         if hedge is None:
             self._hedging.give_back()

@@ -562,6 +562,39 @@ async def test_a_second_attempt_that_cannot_be_made_is_no_error(monkeypatch: pyt
             assert (response.deployment, response.attempts) == ("a", 1)
 
 
+class FullLedger(MemoryLedger):
+    """The disk is full after so many reservations."""
+
+    room = 13
+
+    async def reserve(self, caps: Sequence[Cap], usd: float, *, now: float, expires_at: float) -> Hold | Refusal:
+        self.room -= 1
+        if self.room < 0:
+            raise errors.StoreError("database or disk is full")
+        return await super().reserve(caps, usd, now=now, expires_at=expires_at)
+
+
+async def test_a_second_attempt_that_cannot_be_written_down_is_no_error() -> None:
+    """The first one is under way and paid for: a full disk must not take its answer."""
+    async with world(well(), well(), route=f"hedge = true\n{CAP}", ledger=FullLedger()) as here:
+        await known(here)
+        here.servers[0].faults.add(Fault("slow_first_token", seconds=0.6))
+        assert (await here.ask()).deployment == "a"
+    assert here.asked()[1] == 0
+
+
+async def test_what_goes_wrong_beside_a_second_attempt_is_raised_as_it_is() -> None:
+    """An error of the caller's own listener, say: no group of errors, which nobody looks into."""
+
+    def listener(event: ModelDelta | ModelReset) -> None:
+        raise LookupError("nobody listens")
+
+    async with world(well(), well(), route="hedge = true") as here:
+        await known(here)
+        with pytest.raises(LookupError, match="nobody listens"):
+            await here.router.complete(ask(), route="r", listener=listener)
+
+
 async def test_a_second_attempt_that_no_budget_allows_is_no_error() -> None:
     tight = '[[budgets]]\nscope = "label:once"\nusd = 0.000001\nper = "day"\non_exceeded = "fail"\n'
     async with world(well(), well(), route=f"hedge = true\n{tight}") as here:
