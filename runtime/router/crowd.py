@@ -34,23 +34,24 @@ class Expected:
     def add(self, awaits: str, count: int, now: float) -> None:
         """So many are on their way."""
         if count:
-            self._until.setdefault(awaits, []).extend([now + ON_THE_WAY] * count)
+            still = [until for until in self._until.get(awaits, ()) if until > now]
+            self._until[awaits] = still + [now + ON_THE_WAY] * count
 
     def count(self, awaits: str, now: float) -> int:
         """Return how many still are."""
-        left = [until for until in self._until.get(awaits, ()) if until > now]
-        if left:
-            self._until[awaits] = left
-        else:
-            self._until.pop(awaits, None)
-        return len(left)
+        return sum(until > now for until in self._until.get(awaits, ()))
 
-    def arrived(self, awaits: str, caps: Sequence[Cap]) -> None:
+    def arrived(self, awaits: str, caps: Sequence[Cap], now: float) -> None:
         """One that may have waited for this is here, or for one of these budgets in any window."""
+        self._forget(now)
         subjects = {_subject(cap.key) for cap in caps}
         for known, left in self._until.items():
-            if left and (known == awaits or _budget_of(known) in subjects):
+            if known == awaits or (subjects and _budget_of(known) in subjects):
                 left.pop()
+
+    def _forget(self, now: float) -> None:
+        """Forget who has not come; conditions are many in the long run, and nobody may ask for one again."""
+        self._until = {known: left for known, left in self._until.items() if left and left[-1] > now}
 
 
 def _budget_of(awaits: str) -> str:

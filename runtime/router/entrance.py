@@ -229,7 +229,7 @@ class Entrance:
             Unavailable: Nobody will answer within the route's patience or the call's deadline.
         """
         busy, ready = self._outlook(call, now)
-        if call.too_dear and len(call.too_dear) == len(call.candidates):
+        if all(each.name in call.too_dear for each in call.candidates):
             answer = await self._below(call)
             if answer is None:
                 raise self._used_up(call)

@@ -565,7 +565,7 @@ class Router:
     def _arrived(self, call: Call) -> None:
         """A call for which room was promised has come."""
         if self._expected:
-            self._expected.arrived(call.awaits, call.caps)
+            self._expected.arrived(call.awaits, call.caps, call.started)
 
     # --- waking -----------------------------------------------------------------------------------------------------
 

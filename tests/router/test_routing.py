@@ -952,6 +952,24 @@ async def test_degrade_with_nothing_cheaper_pauses() -> None:
     assert here.asked() == [3, 0]
 
 
+async def test_who_is_left_and_too_dear_waits_for_money() -> None:
+    """Two are too dear, for the third the request is too long: the one that is left is a matter of money."""
+    models = {
+        "a": f"{EXACT['a']}\ncontext_window = 100000",
+        "b": f"{EXACT['b']}\ncontext_window = 1000",
+        "c": "price = { input = 0, output = 0 }\ncontext_window = 1000",
+    }
+    too_long = Fault("context_length")
+    route = capped("degrade", 3 * COST)
+    async with world(exact(), exact(), exact(faults=[too_long]), models=models, route=route) as here:
+        for _ in range(3):
+            await here.ask(costly())
+        with pytest.raises(Unavailable) as caught:
+            await here.ask(costly())
+    assert (caught.value.reason, here.asked()) == ("budget", [3, 0, 1])
+    assert 0 < (caught.value.retry_after or 0) <= 86400
+
+
 def unpriced(top: str, url: str) -> Config:
     text = f'[providers.a]\nkind = "openai"\nbase_url = "{url}"\n[models.a]\nprovider = "a"\nmodel = "nobody-knows"\n'
     return parse_config(f"{top}\n{text}\n{CAP}")
