@@ -56,8 +56,8 @@ class Scope:
         """``name`` is for people."""
         self.name = name
         self.shut_until = self.forgiven = -math.inf
-        self.refused_at = -math.inf
-        """When this process was refused by the provider itself."""
+        self.refused_at = self.heard_at = -math.inf
+        """When this process was refused by the provider itself, and when it heard of another's refusal."""
         self.reason: ShutReason = ""
         self.detail = ""
         self.buckets: dict[str, Bucket] = {}

@@ -76,7 +76,7 @@ class Knowledge:
         if state.state in ("open", "half_open", "ramping"):  # perhaps it is well by now: one call tells
             health.expect_crowd(now, "another worker found it ill a while ago")
         account = deployment.credential
-        if account.reason == "quota" and self._answered_at(state) > account.refused_at:
+        if account.reason == "quota" and self._answered_at(state) > max(account.refused_at, account.heard_at):
             account.reopen(now)  # somebody has been answered since: there is credit again
         reason = next((each for each in SHUT_REASONS if each == state.quota_reason), None)
         if state.quota_until is not None and reason in ("rate", "quota"):  # of keys each process has its own
@@ -84,6 +84,7 @@ class Knowledge:
             scope = deployment.rates if reason == "rate" else deployment.credential
             if until > max(now, scope.shut_until, scope.forgiven + 1.0):
                 scope.shut(now, reason, until - now, state.detail)
+                scope.heard_at = now
                 health.ease(now, gently=True)
 
     def _answered_at(self, state: DeploymentState) -> float:

@@ -1190,3 +1190,24 @@ async def test_credit_that_another_worker_has_found_is_believed() -> None:
             await until(lambda: any(state.verdict == "ok" for state in ledger._states.values()))
             await first._knowledge.read()
             assert (await first.complete(question, route="a")).text == ANSWER
+
+
+async def test_an_answer_from_before_the_account_was_used_up_does_not_open_it() -> None:
+    """What another worker was told stays known, although it was answered by the same account shortly before."""
+    ledger, question = MemoryLedger(), ModelRequest([{"role": "user", "content": "hi"}])
+    async with SimulatedProvider(well()) as sim:
+        text = f'[providers.a]\nkind = "openai"\nbase_url = "{sim.base_url}"\n'
+        for name in ("one", "two"):
+            text += f'[models.{name}]\nprovider = "a"\nmodel = "{name}"\nprice = {{ input = 1, output = 1 }}\n'
+        config = parse_config(text)
+        async with Router.open(config, ledger=ledger) as first, Router.open(config, ledger=ledger) as second:
+            assert (await first.complete(question, route="one")).text == ANSWER
+            sim.faults.add(Fault("quota", times=1))
+            with pytest.raises(Unavailable):
+                await first.complete(question, route="two")
+            await until(lambda: [state.quota_reason for state in ledger._states.values()] == ["quota", "quota"])
+            await second._knowledge.read()
+            await second._knowledge.read()
+            with pytest.raises(Unavailable) as caught:
+                await second.complete(question, route="one")
+            assert caught.value.reason == "quota"
