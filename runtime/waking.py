@@ -4,7 +4,8 @@ Nobody polls them one by one. They are grouped by what they wait for (a route an
 second each group's condition is put to the router, which answers how many may come: none, while nobody answers; one,
 when a deployment has to show whether it is back; then as many as its ramp lets in. So the cost of waiting is a question
 a group, whatever the size of the group, and a crowd comes back in good order: by priority, those that were tried least
-first, then by age.
+first, then by age. Groups that wait for money may be as many as there are runs, so a few of them are asked for at a
+time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import anyio
 from sqlalchemy import Connection
 
 from ridethrough.runtime.clock import Clock
-from ridethrough.runtime.errors import ConfigError, Error
+from ridethrough.runtime.errors import ConfigError
 from ridethrough.runtime.execution import Blocked, Execution, parts_of
 from ridethrough.runtime.journal import Journal
 from ridethrough.runtime.store import Store
@@ -27,6 +28,9 @@ log = logging.getLogger("ridethrough")
 
 ASK_SECONDS = 0.1
 """How often a condition is asked for."""
+
+MONEY_AT_ONCE = 20
+"""How many conditions on money are asked for at a time: a run may have a budget of its own, which the database holds."""
 
 LIST_SECONDS = 1.0
 """How often the database is asked which conditions there are."""
@@ -82,6 +86,7 @@ class Waker:
         self._stir = anyio.Event()
         self._parked: list[str] = []
         self._listed_at = float("-inf")
+        self._turn = 0
         self._complained: set[str] = set()
 
     def stir(self) -> None:
@@ -95,9 +100,9 @@ class Waker:
             waiting: list[str] = []
             try:
                 waiting = await self._conditions()
-                for awaits in waiting:
+                for awaits in self._in_turn(waiting):
                     await self._wake(awaits)
-            except Error as error:  # the database fails, or the router cannot be opened
+            except Exception as error:  # the database fails, or the router cannot be opened; this task ends the worker
                 waiting = []
                 self._complain("", error)
             await self._pause(ASK_SECONDS if waiting else LIST_SECONDS)
@@ -115,6 +120,16 @@ class Waker:
             self._parked = await self._store.read(self._store.awaited)
         here = (wait.awaits for run in self._resident.values() for wait in run.blocked.values() if wait.awaits)
         return list(dict.fromkeys((*here, *self._parked)))
+
+    def _in_turn(self, waiting: list[str]) -> list[str]:
+        """Return what to ask for this time: all conditions on models, and of those on money the next few."""
+        money = [awaits for awaits in waiting if not awaits.startswith('["route"')]
+        if len(money) <= MONEY_AT_ONCE:
+            return waiting
+        start = self._turn if self._turn < len(money) else 0
+        self._turn = start + MONEY_AT_ONCE
+        later = {*money[:start], *money[start + MONEY_AT_ONCE :]}
+        return [awaits for awaits in waiting if awaits not in later]
 
     async def _wake(self, awaits: str) -> None:
         router = await self._open_router()

@@ -23,7 +23,8 @@ from ridethrough.runtime.router.ledger import DeploymentState
 from ridethrough.runtime.router.providers.simulated import Answer, Call, Fault, Script, SimulatedProvider
 from ridethrough.runtime.router.router import Router
 from ridethrough.runtime.runtime import Run
-from ridethrough.runtime.store import Store
+from ridethrough.runtime.store import BUDGETS, Store
+from ridethrough.runtime.waking import MONEY_AT_ONCE
 
 pytestmark = pytest.mark.anyio
 
@@ -575,6 +576,37 @@ async def test_thousands_that_wait_cost_a_question_for_all(
             assert set(statements) <= {"BEGIN", "SELECT", "WITH"}
             assert runtime.worker.resident == {}
     assert reads[2000] <= 1.5 * reads[20] + 0.5, reads
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_many_that_wait_for_money_of_their_own_take_turns(
+    url: str, open_runtime: Any, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget a run is a condition a run, and a question to the database each: they do not keep others waiting."""
+    asked: Counter[str] = Counter()
+    room = Router.room
+
+    async def counted(self: Router, awaits: str) -> int:
+        asked[awaits] += 1
+        return await room(self, awaits)
+
+    monkeypatch.setattr(Router, "room", counted)
+    ill(url, "a", 3600)
+    change(url, partial(park, many=50))
+
+    def poor(store: Store, connection: Any) -> None:
+        for number in range(1, 50):
+            key = f"run:{number}/run:{number}"
+            store.update_run(connection, f"50-{number}", awaits=json.dumps(["budget", key, 1.0, None, 1.0]))
+            connection.execute(BUDGETS.insert(), {"key": key, "spent": 10**9, "reserved": 0})
+
+    change(url, poor)
+    budget = '[[budgets]]\nscope = "run"\nusd = 1.0\nper = "run"\n'
+    async with open_runtime(config=config_of('["a"]', extra=budget, a="http://127.0.0.1:9/v1")):
+        await settled(eventually, lambda: min(asked.values()) if len(asked) == 50 else 0, 4)
+    models = asked.pop('["route", "r", null]')
+    assert sum(asked.values()) <= MONEY_AT_ONCE * models
+    assert max(asked.values()) - min(asked.values()) <= 1
 
 
 def park(store: Store, connection: Any, *, many: int) -> None:
