@@ -30,7 +30,7 @@ ASK_SECONDS = 0.1
 """How often a condition is asked for."""
 
 MONEY_AT_ONCE = 20
-"""How many conditions on money are asked for at a time: a run may have a budget of its own, which the database holds."""
+"""How many conditions on money are asked for at a time: a run may have a budget of its own, and each costs a read."""
 
 LIST_SECONDS = 1.0
 """How often the database is asked which conditions there are."""
