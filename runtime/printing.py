@@ -120,7 +120,8 @@ def _waits(run: RunView) -> str:
     if run.pause.reason == "operator":
         return "an operator's resume"
     until = f" until {when(run.pause.until)}" if run.pause.until else ""
-    return ", ".join(describe_wait(wait, since=True) for wait in run.waits[:3]) or f"{run.pause.reason}{until}"
+    told = {describe_wait(wait): describe_wait(wait, since=True) for wait in reversed(run.waits)}  # branches wait alike
+    return ", ".join(list(reversed(told.values()))[:3]) or f"{run.pause.reason}{until}"
 
 
 def describe_wait(wait: WaitView, *, since: bool = False) -> str:
@@ -208,7 +209,7 @@ def run_page(run: RunView, options: Options, *, all_steps: bool) -> str:
     if run.attempts:
         parts.append("attempts\n" + _attempts(run.attempts, all_steps))
     if run.waits:
-        parts.append("waits for\n" + "\n".join(f"  {line}" for line in _wait_lines(run, options)))
+        parts.append("waits for\n" + "\n".join(f"  {line}" for line in dict.fromkeys(_wait_lines(run, options))))
     if run.result is not None:
         parts.append("result\n" + _block(run.result))
     if run.error is not None:
@@ -242,6 +243,7 @@ def _wait_lines(run: RunView, options: Options) -> Iterator[str]:
         lines = list(answers(Blocker(run_id=run.id, wait=wait), options))
         if wait.kind == "model":
             lines[0] = f"# {describe_wait(wait, since=True)}"
+            lines += [options.command("resume", run.id)] if len(lines) > 1 else []
         yield from lines or [f"{describe_wait(wait)}, since {when(wait.since)}"]
 
 

@@ -310,6 +310,19 @@ async def parent(text: str) -> str:
 """
 
 
+MANY = """
+from ridethrough import fan_out
+
+@workflow
+async def many(count: int) -> int:
+    return len(await fan_out(ask_one, range(count)))
+
+
+async def ask_one(number: int) -> str:
+    return str((await clerk.run(f"question {number}")).output)
+"""
+
+
 async def run_command(*arguments: str, meanwhile: Callable[[], None] | None = None) -> tuple[int, str]:
     """Exit status and all that was printed; ``meanwhile`` is called once something is awaited."""
     program = (str(Path(sys.executable).with_name("ridethrough")), *arguments)
@@ -364,3 +377,18 @@ async def test_the_foreground_leaves_when_the_money_is_gone(here: Path) -> None:
         configured(here, provider, BUDGET.format(usd=5))
         status, printed = await run_command("resume", "x")
         assert (status, printed.rstrip().rpartition("\n")[2]) == (0, "parent of hello"), printed
+
+
+@pytest.mark.processes
+async def test_branches_that_wait_for_the_same_say_it_once_and_how_to_go_on(here: Path) -> None:
+    (here / "app.py").write_text(PROGRAM + MANY)
+    async with SimulatedProvider(Script().rule("{{user}}")) as provider:
+        configured(here, provider)
+        provider.faults.add(Fault(kind="quota"))
+        status, printed = await run_command("run", "app:many", "--id", "x", "--input", "4")
+        assert status == 3, printed
+        _, listed = await run_command("runs")
+        assert listed.count("credit") == 1, listed
+        _, shown = await run_command("show", "x")
+        assert shown.count("Add credit") == shown.count("ridethrough resume x") == 1, shown
+        assert shown.index("Add credit") < shown.index("ridethrough resume x")
