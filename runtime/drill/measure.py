@@ -91,21 +91,44 @@ def calls_of(drill: Evidence) -> Calls:
 def _taken(drill: Evidence) -> list[Request]:
     """The whole answers, without those to attempts that the router had given up.
 
-    Who has read an answer's last event may close before the server is done: the router's word counts then.
+    Calls of one run go on side by side, so each attempt that was answered has the request nearest to it, and only what
+    is left over may be that of one that was given up. Who has read an answer's last event may close before the server
+    is done: the router's word counts then.
     """
-    found = [each for each in drill.requests if each.whole]
-    left = [each for each in drill.requests if each.error == "client"]
-    for run_id, attempt in drill.attempts:
-        wrong = found if attempt.wasted else left if _answered(attempt) else []
-        match = next((each for each in wrong if _is_of(each, run_id, attempt)), None)
-        if match is not None:
-            wrong.remove(match)
-            found += [] if attempt.wasted else [match]
-    return found
+    whole = [each for each in drill.requests if each.whole]
+    closed = [each for each in drill.requests if each.error == "client"]
+    answered = [each for each in drill.attempts if _answered(each[1])]
+    found, without = _matched(whole, answered)
+    found += _matched(closed, without)[0]
+    _matched(whole, [each for each in drill.attempts if each[1].wasted])
+    return [*found, *whole]
+
+
+def _matched(
+    requests: list[Request], attempts: Iterable[tuple[str, AttemptView]]
+) -> tuple[list[Request], list[tuple[str, AttemptView]]]:
+    """Take each attempt's request out of ``requests``; return those, and the attempts that have none."""
+    found: list[Request] = []
+    without: list[tuple[str, AttemptView]] = []
+    for run_id, attempt in attempts:
+        own = [each for each in requests if _is_of(each, run_id, attempt)]
+        if own:
+            found.append(nearest := min(own, key=lambda each: _distance(each, attempt)))
+            requests.remove(nearest)
+        else:
+            without.append((run_id, attempt))
+    return found, without
+
+
+def _distance(request: Request, attempt: AttemptView) -> float:
+    """Seconds by which a request began and ended at another time than an attempt."""
+    started = attempt.started_at.timestamp()
+    left = started + attempt.seconds
+    return abs(request.started - started) + abs((request.ended or left) - left)
 
 
 def _is_of(request: Request, run_id: str, attempt: AttemptView) -> bool:
-    """Whether a request is that of an attempt, and did not end before it."""
+    """Whether a request may be that of an attempt: it did not end before it."""
     if request.run != run_id or request.deployment != attempt.deployment:
         return False
     started = attempt.started_at.timestamp()

@@ -301,6 +301,19 @@ def test_an_answer_that_nobody_waited_for_is_no_call() -> None:
     assert [each.number for each in calls_of(closed).finished] == [1]
 
 
+def test_a_call_beside_it_does_not_make_a_given_up_one_answered() -> None:
+    """Calls of one run go on side by side: the one that was given up, and asked again, was not answered twice."""
+    beside = [attempt(0.0, 1.0, "Slow"), attempt(0.01, 1.3, path="model#2"), attempt(1.5, 1.5)]
+    requests = [
+        asked(1, 0.01, 1.9, status=0, error="client"),  # closed late
+        asked(2, 0.02, 1.31, digest="e"),
+        asked(3, 1.51, 3.0),
+    ]
+    evidence = found(a_run([step(1.3), step(3.0)], beside), requests)
+    assert measure(evidence, None, {})["repeated"].value == 0
+    assert sorted(each.number for each in calls_of(evidence).finished) == [2, 3]
+
+
 def test_what_the_baseline_asks_twice_may_be_asked_twice() -> None:
     twice = found(a_run([step(1.0), step(2.0)]), [asked(1, 0.0, 1.0), asked(2, 1.0, 2.0)])
     thrice = found(a_run([step(1.0), step(2.0)]), [*twice.requests, asked(3, 2.0, 3.0)])
