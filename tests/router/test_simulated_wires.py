@@ -12,6 +12,7 @@ from tests.router.asking import WIRES, Asker, Said, body_of, path_of, read_whole
 
 from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated import Answer, Call, Script, SimRequest, SimulatedProvider
+from ridethrough.runtime.router.providers.structured import in_words
 
 pytestmark = pytest.mark.anyio
 
@@ -156,6 +157,17 @@ async def test_structured_output_needs_no_rule(wire: WireName) -> None:
     async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
         got = await Asker(sim, client).answer(wire, USER, schema=schema)
     jsonschema.validate(json.loads(got.text), schema)
+
+
+async def test_a_schema_that_is_told_in_words_is_understood(wire: WireName) -> None:
+    """Older models get it so; a conversation with one of them is drilled like any other."""
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}, "required": ["n"]}
+    told = Said("system", f"You count.\n\n{in_words(schema)}\nBe brief.")
+    async with SimulatedProvider() as sim, httpx2.AsyncClient() as client:
+        got = await Asker(sim, client).answer(wire, told, USER)
+        other = await Asker(sim, client).answer(wire, Said("system", in_words(schema)[:-3]), USER)
+    jsonschema.validate(json.loads(got.text), schema)
+    assert other.text.startswith("Simulated answer")
 
 
 REQUIRED: dict[WireName, dict[str, Any]] = {

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+_IN_WORDS = "with JSON that matches this JSON Schema, and with nothing else:\n"
+
 
 def named_schema(schema: Mapping[str, Any], *, strict: bool = True) -> dict[str, Any]:
     """Return ``schema`` with a name; with strict decoding if that is wanted and the schema allows it."""
@@ -31,4 +33,14 @@ def in_words(schema: Mapping[str, Any], *, tools: bool = False) -> str:
     """Return an instruction to answer by ``schema``; with ``tools``, to do so only at the end."""
     when = "When you need no more tools, answer" if tools else "Answer"
     told = json.dumps(schema, ensure_ascii=False)
-    return f"{when} with JSON that matches this JSON Schema, and with nothing else:\n{told}"
+    return f"{when} {_IN_WORDS}{told}"
+
+
+def schema_in(text: str) -> dict[str, Any] | None:
+    """Return the schema that ``text`` asks for in the words of `in_words`; ``None`` when it asks for none."""
+    _, found, told = text.partition(_IN_WORDS)
+    try:
+        schema, _ = json.JSONDecoder().raw_decode(told) if found else (None, 0)
+    except ValueError:
+        return None
+    return schema if isinstance(schema, dict) else None

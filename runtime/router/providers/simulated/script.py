@@ -17,6 +17,7 @@ from ridethrough.runtime.router.providers.simulated.conversation import Conversa
 from ridethrough.runtime.router.providers.simulated.faults import Fault
 from ridethrough.runtime.router.providers.simulated.instance import example_of
 from ridethrough.runtime.router.providers.simulated.wires import WIRES
+from ridethrough.runtime.router.providers.structured import schema_in
 
 _UNREAD = Conversation("", [])
 
@@ -63,8 +64,8 @@ class SimRequest:
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
-        """The JSON Schema that the answer must match, if one was given."""
-        return self.conversation.schema
+        """The JSON Schema that the answer must match, if one was given; by some wires in words, to older models."""
+        return self.conversation.schema or schema_in(self.conversation.system)
 
     @property
     def system(self) -> str:
