@@ -249,7 +249,10 @@ def _verdict(what: str, url: str, status: int, body: str, headers: Mapping[str, 
             mend = "wait, or check the account's quota"
             return Finding(what, "doubtful", f"{url} limits the rate ({status})", mend)
         case InvalidRequest():
-            mend = "not all servers list their models; if calls fail, check base_url: it ends in /v1 for OpenAI's kinds"
+            mend = (
+                "not all servers list their models; if calls fail, check base_url: "
+                "it ends in /v1 for OpenAI's kinds, and without a version for anthropic and gemini"
+            )
             return Finding(what, "doubtful", f"{url} answers {status}", mend)
         case _:
             return Finding(what, "doubtful", f"{url} answers {status}: the provider is unwell", "try again later")
