@@ -15,6 +15,28 @@ import anyio
 _LONGEST_NAP = 15.0
 
 
+class Epoch:
+    """Makes a time of anyio's clock one of seconds since the epoch, by adding ``offset``.
+
+    That stays the same to the last digit, so that one moment is always written as one number, until the clocks have
+    parted: the one stands still while a machine is suspended, the other one may be set.
+    """
+
+    TOLERANCE = 1.0
+    """Seconds."""
+
+    def __init__(self) -> None:
+        self._offset = float("inf")
+
+    @property
+    def offset(self) -> float:
+        """The seconds to add."""
+        now = time.time() - anyio.current_time()
+        if abs(now - self._offset) > self.TOLERANCE:
+            self._offset = now
+        return self._offset
+
+
 class Clock(Protocol):
     """The time of day, in seconds since the epoch (UTC), and a way to wait for it."""
 

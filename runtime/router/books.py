@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import anyio
 
+from ridethrough.runtime.clock import Epoch
 from ridethrough.runtime.errors import Auth, ModelError, Overloaded, QuotaExhausted, RateLimited, Slow, Transport
 from ridethrough.runtime.router.admission import ShutReason
 from ridethrough.runtime.router.attempt import Attempt
@@ -36,6 +37,7 @@ class Books:
         telemetry: Telemetry,
         hedging: HedgingBudget,
         touched: Callable[[str], None],
+        epoch: Epoch,
     ) -> None:
         """``touched`` is told of each deployment of which something new is known."""
         self._roster = roster
@@ -44,8 +46,7 @@ class Books:
         self._telemetry = telemetry
         self._hedging = hedging
         self._touched = touched
-        self.clock_offset = 0.0
-        """What makes a time of anyio's clock one of seconds since the epoch."""
+        self._epoch = epoch
 
     async def finish(self, call: Call, race: Race, attempt: Attempt) -> None:
         """Book an attempt that is over: health, places, limits, money, and the record of it."""
@@ -128,7 +129,7 @@ class Books:
             deployment=attempt.deployment.name,
             provider=attempt.deployment.provider,
             model=attempt.deployment.model.model,
-            started_at=attempt.started + self.clock_offset,
+            started_at=attempt.started + self._epoch.offset,
             seconds=ended - attempt.started,
             verdict=verdict,
             phase=getattr(failure, "phase", ""),

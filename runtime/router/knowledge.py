@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import anyio
 
+from ridethrough.runtime.clock import Epoch
 from ridethrough.runtime.router.admission import SHUT_REASONS
 from ridethrough.runtime.router.deployment import Deployment
 from ridethrough.runtime.router.ledger import DeploymentState, Ledger
@@ -25,16 +26,17 @@ READ_SECONDS = 2.0
 class Knowledge:
     """What one router tells others of its deployments, and hears from them."""
 
-    def __init__(self, roster: Roster, ledger: Ledger, state: Callable[[Deployment, float], DeploymentState]) -> None:
+    def __init__(
+        self, roster: Roster, ledger: Ledger, state: Callable[[Deployment, float], DeploymentState], epoch: Epoch
+    ) -> None:
         """``state`` writes down what is known of a deployment."""
         self._roster = roster
         self._ledger = ledger
         self._state = state
+        self._epoch = epoch
         self._unpublished: set[str] = set()
         self._published_at = -math.inf
         self.read_at = -math.inf
-        self.clock_offset = 0.0
-        """What makes a time of anyio's clock one of seconds since the epoch."""
 
     def touched(self, name: str) -> None:
         """Something new is known of a deployment."""
@@ -72,7 +74,7 @@ class Knowledge:
         if health.usual_rate is None:
             health.usual_rate = state.usual_rate
         if state.state == "open" and state.until is not None:
-            health.adopt(state.until - self.clock_offset, now, "another worker found it ill")
+            health.adopt(state.until - self._epoch.offset, now, "another worker found it ill")
         if state.state in ("open", "half_open", "ramping"):  # perhaps it is well by now: one call tells
             health.expect_crowd(now, "another worker found it ill a while ago")
         account = deployment.credential
@@ -80,13 +82,13 @@ class Knowledge:
             account.reopen(now)  # somebody has been answered since: there is credit again
         reason = next((each for each in SHUT_REASONS if each == state.quota_reason), None)
         if state.quota_until is not None and reason in ("rate", "quota"):  # of keys each process has its own
-            until = state.quota_until - self.clock_offset
+            until = state.quota_until - self._epoch.offset
             scope = deployment.rates if reason == "rate" else deployment.credential
-            if until > max(now, scope.shut_until, scope.forgiven + 1.0):
+            if until > max(now, scope.shut_until + 1.0, scope.forgiven + 1.0):
                 scope.shut(now, reason, until - now, state.detail)
                 scope.heard_at = now
                 health.ease(now, gently=True)
 
     def _answered_at(self, state: DeploymentState) -> float:
         """Return when another worker was last answered, on anyio's clock, if that is the last that it knows."""
-        return state.at - self.clock_offset if state.at is not None and state.verdict == "ok" else -math.inf
+        return state.at - self._epoch.offset if state.at is not None and state.verdict == "ok" else -math.inf

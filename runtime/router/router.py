@@ -24,6 +24,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
+from ridethrough.runtime.clock import Epoch
 from ridethrough.runtime.config import TIERS, Config, Model, Route, Tier, load_config
 from ridethrough.runtime.errors import (
     Auth,
@@ -52,7 +53,7 @@ from ridethrough.runtime.router.choice import in_order, needs_of, refusal
 from ridethrough.runtime.router.context import CallContext
 from ridethrough.runtime.router.deployment import Deployment
 from ridethrough.runtime.router.entrance import Entrance
-from ridethrough.runtime.router.errors import FAILS_OVER, TABLE, Rule, seconds_before_retry
+from ridethrough.runtime.router.errors import FAILS_OVER, TABLE, Rule, rules_of, seconds_before_retry
 from ridethrough.runtime.router.health import Health, State
 from ridethrough.runtime.router.knowledge import READ_SECONDS, Knowledge
 from ridethrough.runtime.router.ledger import AttemptRecord, DeploymentState, KeptAnswer, Ledger, MemoryLedger
@@ -100,13 +101,15 @@ class Router:
         self._entrance = Entrance(self._roster, self._below, self._purse.used_up, lambda: self._stir.set())
         self._flights = cache.SingleFlight()
         self._hedging = HedgingBudget()
-        self._knowledge = Knowledge(self._roster, self.ledger, self._state)
+        self._epoch = Epoch()
+        self._knowledge = Knowledge(self._roster, self.ledger, self._state, self._epoch)
         touched = self._knowledge.touched
-        self._books = Books(self._roster, self._purse, self.ledger, self._telemetry, self._hedging, touched)
+        self._books = Books(
+            self._roster, self._purse, self.ledger, self._telemetry, self._hedging, touched, self._epoch
+        )
         self._expected = crowd.Expected()
         self._stack: AsyncExitStack | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
-        self._clock_offset = 0.0
 
     @classmethod
     def open(
@@ -121,7 +124,7 @@ class Router:
 
         Args:
             config: A configuration, a file's path, or nothing for the default file.
-            rules: Rows to put in front of the table that classifies errors.
+            rules: Rows to put in front of the table that classifies errors, and of the configuration's own.
             ledger: Where money, answers and attempts are kept; in this process when left out.
             random: A source of chance, for tests.
 
@@ -129,7 +132,7 @@ class Router:
             ConfigError: The configuration cannot be used.
         """
         loaded = config if isinstance(config, Config) else load_config(config)
-        return cls(loaded, table=(*rules, *TABLE), ledger=ledger, random=random)
+        return cls(loaded, table=(*rules, *rules_of(loaded.errors), *TABLE), ledger=ledger, random=random)
 
     async def __aenter__(self) -> Router:
         """Start the configuration's simulated providers and the watch over calls in flight."""
@@ -138,8 +141,6 @@ class Router:
         try:
             await self._roster.open(self._stack)
             self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
-            self._clock_offset = time.time() - anyio.current_time()
-            self._knowledge.clock_offset = self._books.clock_offset = self._clock_offset
             await self._knowledge.read()  # before the first call: runs of a dead worker come all at once
             self._tasks.start_soon(self._watch)
         except BaseException:
@@ -560,7 +561,7 @@ class Router:
         self._telemetry.transition(health.name, old, health.state, why)
 
     def _state(self, deployment: Deployment, now: float) -> DeploymentState:
-        return describe.state_of(deployment, now, self._clock_offset, self._entrance.waiting_for(deployment))
+        return describe.state_of(deployment, now, self._epoch.offset, self._entrance.waiting_for(deployment))
 
     def _arrived(self, call: Call) -> None:
         """A call for which room was promised has come."""
@@ -666,7 +667,7 @@ class Router:
             table=self._table,
         )
         failure = await run_attempt(attempt)
-        record = describe.ping_record(attempt, failure, self._clock_offset)
+        record = describe.ping_record(attempt, failure, self._epoch.offset)
         self.ledger.note_attempt(record)
         self._telemetry.attempt(record)
         return record

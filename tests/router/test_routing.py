@@ -6,6 +6,7 @@ Every world is looked at when its test is over: no call in flight, nobody waitin
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -1211,3 +1212,22 @@ async def test_an_answer_from_before_the_account_was_used_up_does_not_open_it() 
             with pytest.raises(Unavailable) as caught:
                 await second.complete(question, route="one")
             assert caught.value.reason == "quota"
+
+
+async def test_what_others_know_is_understood_when_the_machine_was_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of day has gone on for hours meanwhile: an account that is shut for minutes is not shut for hours."""
+    ledger, question = MemoryLedger(), ModelRequest([{"role": "user", "content": "hi"}])
+    async with SimulatedProvider(ill(Fault("rate_limit", seconds=30, times=1))) as sim:
+        text = f'[providers.a]\nkind = "openai"\nbase_url = "{sim.base_url}"\n'
+        config = parse_config(text + '[models.a]\nprovider = "a"\nmodel = "m"\nprice = { input = 1, output = 1 }\n')
+        async with Router.open(config, ledger=ledger) as suspended:
+            now = time.time
+            monkeypatch.setattr(time, "time", lambda: now() + 7200)
+            async with Router.open(config, ledger=ledger) as other:
+                with pytest.raises(Unavailable):
+                    await other.complete(question, route="a")
+            await suspended._knowledge.read()
+            with pytest.raises(Unavailable) as caught:
+                await suspended.complete(question, route="a")
+    assert 20 < (caught.value.retry_after or 0) < 40
+    assert abs(ledger.attempts[-1].started_at - now() - 7200) < 10
