@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from ridethrough.runtime.errors import ConfigError
@@ -45,6 +45,14 @@ def parse_duration(value: object) -> object:
 def _check_reference(value: str) -> str:
     if not re.match(r"(env|file):.", value):
         raise ValueError('a secret must not be written here: use "env:NAME" or "file:PATH"')
+    return value
+
+
+def _check_pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
     return value
 
 
@@ -180,6 +188,35 @@ class Budget(_Table):
     on_exceeded: Literal["pause", "fail", "degrade"] = "pause"
 
 
+class ErrorRule(_Table):
+    """``[[errors]]``: what an error of a server means that the built-in table does not know, or reads otherwise.
+
+    ``error`` is a class of the taxonomy. All conditions that are given must hold: one of ``names`` (codes, types and
+    statuses in the body) is there, the HTTP status is one of ``status``, ``words`` (a regular expression, case does not
+    matter) is found in the message.
+    """
+
+    error: Literal[
+        "RateLimited",
+        "QuotaExhausted",
+        "Overloaded",
+        "ServerError",
+        "ContextLength",
+        "ContentFilter",
+        "InvalidRequest",
+        "Auth",
+    ]
+    names: tuple[str, ...] = ()
+    status: tuple[Annotated[int, Field(ge=100, le=599)], ...] = ()
+    words: Annotated[str, AfterValidator(_check_pattern)] | None = None
+
+    @model_validator(mode="after")
+    def _says_when(self) -> ErrorRule:
+        if not (self.names or self.status or self.words):
+            raise ValueError("a rule without a condition would be about every error: give names, status or words")
+        return self
+
+
 class SandboxConfig(_Table):
     """``[sandboxes.NAME]``: a profile."""
 
@@ -206,6 +243,7 @@ class Config(_Table):
     models: dict[str, Model] = Field(default_factory=dict[str, Model])
     routes: dict[str, Route] = Field(default_factory=dict[str, Route])
     budgets: tuple[Budget, ...] = ()
+    errors: tuple[ErrorRule, ...] = ()
     sandboxes: dict[str, SandboxConfig] = Field(default_factory=dict[str, SandboxConfig])
 
     def locate(self, name: str) -> Path:

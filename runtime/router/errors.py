@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from random import Random
 from typing import Any
 
+from ridethrough.runtime.config import ErrorRule
 from ridethrough.runtime.errors import (
     Auth,
     ContentFilter,
@@ -191,6 +192,32 @@ TABLE: tuple[Rule, ...] = (
     ),
     Rule(ServerError),
 )
+
+
+def rules_of(configured: Iterable[ErrorRule]) -> tuple[Rule, ...]:
+    """Return the rows that a configuration puts in front of the table."""
+    classes = {
+        kind.__name__: kind
+        for kind in (
+            RateLimited,
+            QuotaExhausted,
+            Overloaded,
+            ServerError,
+            ContextLength,
+            ContentFilter,
+            InvalidRequest,
+            Auth,
+        )
+    }
+    return tuple(
+        Rule(
+            classes[each.error],
+            frozenset(name.lower() for name in each.names),
+            frozenset(each.status),
+            re.compile(each.words, re.IGNORECASE) if each.words else None,
+        )
+        for each in configured
+    )
 
 
 def classify(

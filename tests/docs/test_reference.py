@@ -90,8 +90,9 @@ TABLES: dict[str, type[BaseModel]] = {
     "`[models.NAME]`": config.Model,
     "`[routes.NAME]`": config.Route,
     "`[[budgets]]`": config.Budget,
+    "`[[errors]]`": config.ErrorRule,
 }
-NESTED = {"path", "providers", "models", "routes", "budgets"}
+NESTED = {"path", "providers", "models", "routes", "budgets", "errors"}
 
 
 @pytest.mark.parametrize("title", TABLES)

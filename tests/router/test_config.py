@@ -111,6 +111,8 @@ def test_what_is_not_there_yet_is_not_ignored(text: str, line: int) -> None:
         (TIERED + 'models = ["little"]\nfloor = "standard"', "no model of the route is that capable"),
         ('[providers.c]\nkind = "anthropic"\ndialect = "vllm"', "f.toml:3: providers.c.dialect: the key has no effect"),
         ('[providers.c]\nkind = "openai"\nwire = "gemini"', "f.toml:3: providers.c.wire: the key has no effect"),
+        ('[[errors]]\nerror = "Overloaded"', "a rule without a condition would be about every error"),
+        ('[[errors]]\nerror = "Overloaded"\nwords = "("', "f.toml:3: errors.0.words: not a regular expression"),
         ('[providers.c]\nkind = "openai"\ndialect = "vlm"', "did you mean 'vllm'?"),
     ],
 )

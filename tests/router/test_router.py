@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from ridethrough.runtime import errors
-from ridethrough.runtime.config import Config, parse_config
+from ridethrough.runtime.config import Config, ErrorRule, parse_config
 from ridethrough.runtime.errors import ConfigError, ModelError, Unavailable, UsageError
 from ridethrough.runtime.events import ModelDelta, ModelReset
 from ridethrough.runtime.router.context import CallContext
@@ -270,6 +270,20 @@ async def test_rules_of_ones_own() -> None:
             with pytest.raises(Unavailable) as caught:
                 await router.complete(ASK, route="r")
     assert isinstance(caught.value.errors[0], errors.Overloaded)
+
+
+async def test_rules_of_the_configuration() -> None:
+    fault = Fault("status", status=400, body={"error": {"code": "x", "message": "The QUEUE is full, go away"}}, times=1)
+    async with (
+        SimulatedProvider(Script(faults=[fault]).rule(ANSWER)) as a,
+        SimulatedProvider(Script().rule(ANSWER)) as b,
+    ):
+        known = config_for(a.base_url, b.base_url)
+        rule = ErrorRule(error="Overloaded", status=(400,), words="queue is full")
+        async with Router.open(known.model_copy(update={"errors": (rule,)})) as router:
+            response = await router.complete(ASK, route="r")
+            assert router.health()["a"].verdict == "Overloaded"
+    assert response.deployment == "b"
 
 
 @pytest.mark.parametrize(
