@@ -414,6 +414,12 @@ class Health:
         if self.state == "ramping":
             self._finish_ramp(now)
 
+    def stood_still(self, seconds: float, now: float) -> None:
+        """This process did nothing for so long: a call without output is no older for it."""
+        for ticket in self.flight:
+            if ticket.first_token is None:
+                ticket.started = min(now, ticket.started + seconds)
+
     def _count_late(self, ticket: Ticket, now: float) -> None:
         if ticket is self._probe:
             self._probe = None

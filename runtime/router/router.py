@@ -538,11 +538,20 @@ class Router:
                 self._knowledge.publish(anyio.current_time(), last=True)
                 self._stir = anyio.Event()
                 continue
+            slept_at = anyio.current_time()
             await anyio.sleep(TICK)
+            now = anyio.current_time()
             try:
-                await self._tick(anyio.current_time())
+                self._excuse(now - slept_at - TICK, now)
+                await self._tick(now)
             except Exception:  # nobody awaits this task: its end would end every call
                 log.exception("the router's watch stumbled; it goes on")
+
+    def _excuse(self, seconds: float, now: float) -> None:
+        """Do not blame deployments for the time in which this process could not listen to them."""
+        if seconds > TICK:
+            for deployment in self._roster.deployments.values():
+                deployment.health.stood_still(seconds, now)
 
     async def _tick(self, now: float) -> None:
         for deployment in self._roster.deployments.values():

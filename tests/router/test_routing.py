@@ -1231,3 +1231,19 @@ async def test_what_others_know_is_understood_when_the_machine_was_suspended(mon
                 await suspended.complete(question, route="a")
     assert 20 < (caught.value.retry_after or 0) < 40
     assert abs(ledger.attempts[-1].started_at - now() - 7200) < 10
+
+
+async def test_a_process_that_stood_still_does_not_blame_the_deployment() -> None:
+    """Code that blocks the event loop, a machine that was suspended: no answer could have been heard meanwhile."""
+    async with world(well(latency=0.2), route="hedge = false") as here:
+        await known(here, count=20)
+
+        async def block() -> None:
+            await until(lambda: here.router.health()["a"].in_flight == 10)
+            time.sleep(1.5)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(block)
+            found = await together(10, lambda _: here.ask())
+        health = here.router.health()["a"]
+        assert (len(found.answers), health.state, health.failed) == (10, "closed", 0)
