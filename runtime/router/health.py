@@ -175,7 +175,7 @@ class Normal:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A call in flight. ``free`` lets the caller go who waits for it in vain."""
+    """A call in flight. ``free`` lets the caller go who waits for it in vain; it is ``held`` until it may be sent."""
 
     started: float
     generation: int
@@ -184,6 +184,7 @@ class Ticket:
     overdue: bool = False
     free: Callable[[], None] | None = None
     last_resort: bool = False
+    held: bool = False
 
 
 @dataclass(slots=True)
@@ -437,7 +438,7 @@ class Health:
             self._patience = min(1000.0, 2.0 * self._patience)
 
     def _is_late(self, ticket: Ticket, now: float) -> bool:
-        if ticket.first_token is not None or ticket.overdue:
+        if ticket.first_token is not None or ticket.overdue or ticket.held:
             return False
         age = now - ticket.started
         return age > self._never_slow and age > self.slow_after(ticket.size)

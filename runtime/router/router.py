@@ -340,12 +340,13 @@ class Router:
         Raises:
             ConfigError, BudgetExceeded, Unavailable: As ``Purse.pay``.
         """
-        paid = False
+        paid, place.ticket.held = False, True
         try:
             paid = await self._purse.pay(call, place)
         finally:
             if not paid:
                 self._entrance.give_back(place)
+        place.ticket.held, place.ticket.started = False, anyio.current_time()
         return paid
 
     # --- attempts ---------------------------------------------------------------------------------------------------

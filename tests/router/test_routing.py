@@ -1240,10 +1240,32 @@ async def test_a_process_that_stood_still_does_not_blame_the_deployment() -> Non
 
         async def block() -> None:
             await until(lambda: here.router.health()["a"].in_flight == 10)
-            time.sleep(1.5)
+            time.sleep(1.5)  # noqa: ASYNC251 - that is what it is about
 
         async with anyio.create_task_group() as group:
             group.start_soon(block)
             found = await together(10, lambda _: here.ask())
+            health = here.router.health()["a"]
+            assert (len(found.answers), health.state, health.failed) == (10, "closed", 0)
+
+
+class SluggishLedger(MemoryLedger):
+    """A database that takes its time, once it is told to."""
+
+    seconds = 0.0
+
+    async def reserve(self, caps: Sequence[Cap], usd: float, *, now: float, expires_at: float) -> Hold | Refusal:
+        await anyio.sleep(self.seconds)
+        return await super().reserve(caps, usd, now=now, expires_at=expires_at)
+
+
+async def test_a_database_that_takes_its_time_does_not_speak_against_the_deployment() -> None:
+    """Nothing has been sent before the money is put aside: the deployment cannot have been slow."""
+    ledger = SluggishLedger()
+    async with world(well(), route=f'patience = "5s"\n{CAP}', ledger=ledger) as here:
+        await known(here)
+        ledger.seconds = 1.5
+        found = await together(10, lambda _: here.ask())
         health = here.router.health()["a"]
         assert (len(found.answers), health.state, health.failed) == (10, "closed", 0)
+        assert (health.first_token_p95 or 1.0) < 1.0
