@@ -1,8 +1,8 @@
 """What workers know of deployments, shared: one worker's discovery serves all.
 
 It goes through the ledger at a bounded rate. What others say is believed where it is bad news (a deployment is out, an
-account is shut), and where somebody was answered by an account that had no credit; that a deployment is well again each
-finds out by its own calls.
+account is shut), and where somebody was answered by an account that had no credit or had refused the key; that a
+deployment is well again each finds out by its own calls.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from ridethrough.runtime.router.roster import Roster
 PUBLISH_SECONDS = 1.0
 READ_SECONDS = 2.0
 """How often what is known is written for others, and read from them, while there is anything to do."""
+
+KEY_SECONDS = 10.0
+"""So long a refused key is not tried again although another worker is answered: theirs may be another one."""
 
 
 class Knowledge:
@@ -78,8 +81,10 @@ class Knowledge:
         if state.state in ("open", "half_open", "ramping"):  # perhaps it is well by now: one call tells
             health.expect_crowd(now, "another worker found it ill a while ago")
         account = deployment.credential
-        if account.reason == "quota" and self._answered_at(state) > max(account.refused_at, account.heard_at):
-            account.reopen(now)  # somebody has been answered since: there is credit again
+        if self._answered_at(state) > max(account.refused_at, account.heard_at):
+            young = account.reason == "auth" and now - account.refused_at < KEY_SECONDS
+            if account.reason in ("quota", "auth") and not young:
+                account.reopen(now)  # somebody has been answered since: there is credit, the key is good again
         reason = next((each for each in SHUT_REASONS if each == state.quota_reason), None)
         if state.quota_until is not None and reason in ("rate", "quota"):  # of keys each process has its own
             until = state.quota_until - self._epoch.offset

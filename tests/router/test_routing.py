@@ -23,6 +23,7 @@ from ridethrough.runtime.config import Config, parse_config
 from ridethrough.runtime.errors import BudgetExceeded, ConfigError, ModelError, Unavailable
 from ridethrough.runtime.events import ModelDelta, ModelReset
 from ridethrough.runtime.router.context import CallContext
+from ridethrough.runtime.router.knowledge import KEY_SECONDS
 from ridethrough.runtime.router.ledger import AttemptRecord, Cap, Hold, MemoryLedger, Refusal
 from ridethrough.runtime.router.messages import ModelRequest, ModelResponse
 from ridethrough.runtime.router.providers.simulated import Answer, Call, Fault, Script, SimulatedProvider
@@ -1269,3 +1270,24 @@ async def test_a_database_that_takes_its_time_does_not_speak_against_the_deploym
         health = here.router.health()["a"]
         assert (len(found.answers), health.state, health.failed) == (10, "closed", 0)
         assert (health.first_token_p95 or 1.0) < 1.0
+
+
+async def test_a_key_that_another_worker_uses_is_tried_again() -> None:
+    """It was refused, somebody put it right, and one process found out: the others do not wait for their minute."""
+    ledger, question = MemoryLedger(), ModelRequest([{"role": "user", "content": "hi"}])
+    async with SimulatedProvider(Script(faults=[Fault("auth", times=1)]).rule(ANSWER)) as sim:
+        config = parse_config(
+            f'[providers.a]\nkind = "openai"\nbase_url = "{sim.base_url}"\n'
+            '[models.a]\nprovider = "a"\nmodel = "m"\nprice = { input = 1, output = 1 }\n'
+        )
+        async with Router.open(config, ledger=ledger) as first, Router.open(config, ledger=ledger) as second:
+            with pytest.raises(errors.Auth):
+                await first.complete(question, route="a")
+            assert (await second.complete(question, route="a")).text == ANSWER
+            await until(lambda: any(state.verdict == "ok" for state in ledger._states.values()))
+            await first._knowledge.read()
+            with pytest.raises(errors.Auth):  # theirs may be another key: not at once
+                await first.complete(question, route="a")
+            first._roster.deployment("a").credential.refused_at -= KEY_SECONDS
+            await first._knowledge.read()
+            assert (await first.complete(question, route="a")).text == ANSWER
