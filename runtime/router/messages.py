@@ -193,14 +193,19 @@ def _tokens_of(message: _Message) -> int:
     """Estimate: four bytes a token, an image as a whole, and a few tokens for what is around them."""
     size, images = 0, 0
     if isinstance(message.content, str):
-        size = len(message.content)
+        size = _bytes_of(message.content)
     else:
         for part in message.content:
             images += isinstance(part, ImagePart)
-            size += 0 if isinstance(part, ImagePart) else len(part.text)
+            size += 0 if isinstance(part, ImagePart) else _bytes_of(part.text)
     if isinstance(message, AssistantMessage):
-        size += sum(len(call.name) + len(call.raw or str(call.arguments)) for call in message.tool_calls)
+        size += sum(_bytes_of(call.name) + _bytes_of(call.raw or str(call.arguments)) for call in message.tool_calls)
     return 4 + size // 4 + images * IMAGE_TOKENS
+
+
+def _bytes_of(text: str) -> int:
+    """Return the size of ``text`` in UTF-8: writing without letters takes about a token for each sign."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def _checked(item: object) -> Message:

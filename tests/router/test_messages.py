@@ -120,3 +120,6 @@ def test_tokens_are_estimated() -> None:
     assert estimate_tokens("") == 0
     assert estimate_tokens("a") == 1
     assert estimate_tokens("a" * 400) == 100
+    tides = "潮の満ち引き" * 50
+    assert UserMessage(content=tides).tokens == UserMessage(content=(TextPart(text=tides),)).tokens
+    assert UserMessage(content=tides).tokens >= estimate_tokens(tides) == 225
