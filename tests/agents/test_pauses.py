@@ -340,8 +340,9 @@ async def run_command(*arguments: str, meanwhile: Callable[[], None] | None = No
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("flow", ["ask", "parent"])
-@pytest.mark.parametrize("reason", ["brownout", "outage", "quota"])
+@pytest.mark.parametrize(
+    ("reason", "flow"), [("brownout", "ask"), ("outage", "parent"), ("quota", "ask"), ("quota", "parent")]
+)
 async def test_the_foreground_stays_while_it_will_pass_and_leaves_what_a_person_must_do(
     here: Path, reason: str, flow: str
 ) -> None:

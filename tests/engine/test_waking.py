@@ -28,8 +28,17 @@ from ridethrough.runtime.waking import MONEY_AT_ONCE
 
 pytestmark = pytest.mark.anyio
 
+BOTH_LOOPS = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+"""For what happens to branches of a run in memory; the rest is rows and HTTP, and takes its seconds."""
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """One loop is enough for most."""
+    return "asyncio"
+
+
 Eventually = Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]
-Reaches = Callable[[Any, str], Awaitable[None]]
 
 
 @pytest.fixture
@@ -312,6 +321,7 @@ async def test_who_needs_tools_is_not_woken_by_a_model_without(
         assert users(full) == ["tools", "tools"]
 
 
+@BOTH_LOOPS
 async def test_any_of_several_conditions_wakes_a_run(url: str, open_runtime: Any, eventually: Eventually) -> None:
     async with SimulatedProvider(echo()) as first, SimulatedProvider(echo()) as second:
         ill(url, "a", 3600)
@@ -332,6 +342,7 @@ async def test_any_of_several_conditions_wakes_a_run(url: str, open_runtime: Any
         assert (users(first), users(second)) == (["x r"], ["x other"])
 
 
+@BOTH_LOOPS
 async def test_several_branches_blocked_at_once(url: str, open_runtime: Any, eventually: Eventually) -> None:
     async with SimulatedProvider(echo()) as provider:
         ill(url, "a", 0.5)
@@ -344,6 +355,7 @@ async def test_several_branches_blocked_at_once(url: str, open_runtime: Any, eve
         assert sorted(users(provider)) == ["x 0", "x 1", "x 2"]
 
 
+@BOTH_LOOPS
 async def test_a_blocked_branch_beside_a_working_one_is_woken_in_memory(
     url: str, open_runtime: Any, eventually: Eventually
 ) -> None:
@@ -503,23 +515,24 @@ async def test_a_child_is_woken_and_its_parent_with_it(url: str, open_runtime: A
 # --- losing nothing -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_the_provider_fails_again(url: str, open_runtime: Any, eventually: Eventually) -> None:
     """Each look costs one call and one pause of one run; the others stay where they are, and nothing is lost."""
     names = [f"n{number}" for number in range(6)]
     async with SimulatedProvider(echo()) as provider:
-        provider.faults.add(Fault(kind="status", status=503, requests=(1, 2)))
+        provider.faults.add(Fault(kind="status", status=503, requests=(1,)))
         ill(url, "a", 0.2)
         async with open_runtime(config=config_of('["a"]', a=provider.base_url)) as runtime:
             runs = await begin(runtime, ask, *names)
             assert await results(runs) == names
             paused = [(await counts(runtime, name))["run_paused"] for name in names]
         failed = [handled.request.user for handled in provider.requests if handled.status == 503]
-        assert len(failed) == len(set(failed)) == 2, "who was not tried yet comes first"
+        assert len(failed) == 1
+        assert users(provider)[1:2] != failed, "who was not tried yet comes first"
         assert sum(paused) <= len(names) + len(failed) + 6, "woken for nothing"
-        assert len(provider.requests) == len(names) + 2
+        assert len(provider.requests) == len(names) + 1
 
 
+@BOTH_LOOPS
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_no_wake_up_falls_between_the_error_and_the_parking(
     url: str, open_runtime: Any, eventually: Eventually, monkeypatch: pytest.MonkeyPatch, when: str
@@ -553,7 +566,6 @@ async def test_no_wake_up_falls_between_the_error_and_the_parking(
 # --- the price of waiting -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_thousands_that_wait_cost_a_question_for_all(
     url: str, open_runtime: Any, eventually: Eventually, questions: Callable[[], int]
 ) -> None:
@@ -570,7 +582,7 @@ async def test_thousands_that_wait_cost_a_question_for_all(
                 event.listen(engine, "before_cursor_execute", lambda *args: statements.update([args[2].split()[0]]))
             statements.clear()
             before, written = questions(), change_counter(url)
-            await settled(eventually, questions, 20)
+            await settled(eventually, questions, 15)
             reads[many] = sum(statements.values()) / (questions() - before)
             assert change_counter(url) == written
             assert set(statements) <= {"BEGIN", "SELECT", "WITH"}
@@ -578,7 +590,6 @@ async def test_thousands_that_wait_cost_a_question_for_all(
     assert reads[2000] <= 1.5 * reads[20] + 0.5, reads
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_many_that_wait_for_money_of_their_own_take_turns(
     url: str, open_runtime: Any, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
