@@ -1,7 +1,7 @@
 """What the two simulated providers of the demonstration say, and how the first of them fails.
 
-Both know the same answers. They differ in health: ``north`` answers its first calls, then refuses one, breaks the
-stream of the next, and refuses everything that comes after. ``south`` is well, but takes very long over two answers
+Both know the same answers. They differ in health: ``north`` answers its first calls, then breaks the stream of
+one and refuses everything that comes after. ``south`` is well, but takes very long over two answers
 the first time that it is asked for them, so that a process can die while it waits for them.
 """
 
@@ -28,9 +28,8 @@ def north() -> Script:
     """The provider that fails on the way."""
     first = HEALTHY_CALLS + 1
     faults = [
-        Fault(kind="status", status=503, requests=(first,)),
-        Fault(kind="cut", after=4, requests=(first + 1,)),
-        Fault(kind="status", status=503, requests=tuple(range(first + 2, 1000))),
+        Fault(kind="cut", after=4, requests=(first,)),
+        Fault(kind="status", status=503, requests=tuple(range(first + 1, 1000))),
     ]
     return _script([], faults)
 

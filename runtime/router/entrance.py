@@ -126,14 +126,20 @@ class Entrance:
         with anyio.move_on_after(max(0.0, limit)):
             await waiter.event.wait()
 
-    def take(self, call: Call, *, but: Collection[str] = ()) -> Place | None:
-        """Take a place at the first candidate that has one now."""
+    def take(self, call: Call, *, but: Collection[str] = (), beside: bool = False) -> Place | None:
+        """Take a place at the first candidate that has one now.
+
+        One ``beside`` another attempt may be given up at any time, so it is none for a deployment that has to show
+        whether it is back.
+        """
         now = anyio.current_time()
         allowed: list[Deployment] | None = None
         for deployment in call.candidates:
             if allowed is not None and deployment not in allowed:
                 continue
             if deployment.name in but or deployment.name in call.too_dear or call.earliest(deployment) > now:
+                continue
+            if beside and deployment.health.has_to_show:
                 continue
             allowed = self._instead_of_bad_key(call, deployment, now) or allowed
             if (place := self._place_at(call, deployment, now)) is not None:

@@ -292,7 +292,11 @@ class Router:
         return cache.key_of(call.request, [f"{each.provider}/{each.model}" for each in models], call.context)
 
     async def _kept(self, call: Call, key: str, ttl: float | None) -> ModelResponse | None:
-        kept = await self.ledger.answer(key)
+        try:
+            kept = await self.ledger.answer(key)
+        except StoreError as error:  # the models are asked, as if nothing had been kept
+            log.warning("kept answers of '%s' could not be read: %s", call.name, error)
+            return None
         if kept is None or (ttl is not None and time.time() - kept.kept_at > ttl):
             return None
         return cache.from_cache(kept.response, f"from the cache: answered {time.time() - kept.kept_at:.0f} s ago")
@@ -418,7 +422,7 @@ class Router:
             return None
         hedge = None
         try:
-            place = self._entrance.take(call, but=(race.attempts[0].deployment.name,))
+            place = self._entrance.take(call, but=(race.attempts[0].deployment.name,), beside=True)
             if place is not None and await self._pay(call, place):
                 hedge = await self._beside(call, race, place)
         except (BudgetExceeded, ConfigError, ModelError, StoreError) as error:  # the first is under way: go on with it

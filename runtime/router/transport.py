@@ -260,6 +260,7 @@ class Connections:
         Raises:
             Transport: With the phase that failed; from ``write`` on the call may be billed.
             Slow: The deadline passed first.
+            ConfigError: A header cannot be sent.
         """
         return self._exchange("POST", path, body, headers, _Call(connect, deadline, deployment))
 
@@ -355,12 +356,12 @@ class Connections:
 
         try:
             address = self._address(path)
-            named = {**_HEADERS, **address.headers, **{name.lower(): value for name, value in headers.items()}}
-            if body is not None:
-                named["content-length"] = str(len(body))
-            return httpcore2.Request(method, address.url, headers=_encoded(named), content=body)
         except _unusable() as error:
             raise _failed(str(error), "connect", call.deployment) from error
+        named = {**_HEADERS, **address.headers, **{name.lower(): value for name, value in headers.items()}}
+        if body is not None:
+            named["content-length"] = str(len(body))
+        return httpcore2.Request(method, address.url, headers=_encoded(named), content=body)
 
     def _address(self, path: str) -> _Address:
         """Return where ``path`` is; there are but a few, and each takes as long to read as a request to send."""
