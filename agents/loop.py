@@ -266,15 +266,21 @@ class Conversation:
     async def _wait_for_mending(self, path: str, error: Auth | ConfigError) -> None:
         """The configuration is wrong: a key is not set or refused, a route is not there. Pause until it is mended.
 
-        That is no answer of the model, so nothing is recorded, and a person has to see to it.
+        That is no answer of the model, so nothing is recorded, and a person has to see to it. A key that was refused is
+        tried again now and then by one run, so that all go on without a word when it has been mended at the provider.
         """
         execution, text = self.execution, preview(str(error), 500)
+        now, awaits = execution.services.clock.now(), error.awaits if isinstance(error, Auth) else ""
+        expected = now + (error.retry_after or 0.0) if isinstance(error, Auth) and awaits else None
         if path in execution.waits or self._waited == path:
-            await self._note_wait(path, "configuration", None, text)
+            await self._note_wait(path, "configuration", expected, text)
         else:
-            await execution.open_wait(path, "model", "configuration", None, question=text)
+            await execution.open_wait(path, "model", "configuration", expected, question=text)
         self._waited = path
-        await execution.block(Blocked(path, "model", "configuration", None))
+        if awaits:
+            execution.services.stir()
+        due = latest(now) if awaits else None
+        await execution.block(Blocked(path, "model", "configuration", due, awaits=awaits, expected_at=expected))
 
     async def _within_limit(self, answer: Awaitable[ModelResponse]) -> ModelResponse:
         if self.limits.seconds is None:

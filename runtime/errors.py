@@ -246,6 +246,9 @@ class InvalidRequest(ModelError, ValueError):
 class Auth(ModelError, PermissionError):
     """The provider refuses the credential."""
 
+    awaits: str = ""
+    """The condition under which the key is tried again, as ``Unavailable.awaits``; empty where nobody waits."""
+
 
 class Unavailable(ModelError):
     """No deployment of the route answers now."""

@@ -192,6 +192,7 @@ class Runtime(Launcher):
             concurrency=self._concurrency,
             lease_seconds=getattr(self.config, "lease_seconds", LEASE_SECONDS),
             roots=self._roots,
+            mended=self._ask_again,
         )
         self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._opened = True

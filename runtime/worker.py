@@ -37,6 +37,9 @@ from ridethrough.runtime.workflow import REGISTRY, Workflow
 log = logging.getLogger("ridethrough")
 
 POLL_SECONDS = 0.1
+MENDED = ("quota", "configuration")
+"""Why runs are paused that come back when something was mended."""
+
 ORPHAN_SECONDS = 1.0
 """How often to look for dead workers."""
 
@@ -76,8 +79,12 @@ class Worker:
         concurrency: int = 100,
         lease_seconds: float = lease.LEASE_SECONDS,
         roots: set[str] | None = None,
+        mended: Callable[[], None] = lambda: None,
     ) -> None:
-        """``roots``: execute only these runs and their children; ``None``: whatever is due."""
+        """``roots``: execute only these runs and their children; ``None``: whatever is due.
+
+        ``mended`` is called when runs are taken up that had waited for a person to see to an account or a key.
+        """
         self.store = store
         self.clock = clock
         self.launcher = launcher
@@ -97,6 +104,7 @@ class Worker:
         self.watchers: dict[str, list[Callable[[EventBase], None]]] = {}
         self.local: dict[str, Workflow[..., Any]] = {}
         self._open_router = open_router
+        self._mended = mended
         self._lease_seconds = lease_seconds
         self._claimer = Claimer(store, self.worker_id, self._known, self.mine)
         self._poke = anyio.Event()
@@ -313,6 +321,8 @@ class Worker:
             except BaseException:
                 self.mine.difference_update(claim.row.id for claim in claims)  # held and not executed: claimed again
                 raise
+            if any(claim.row.status == "paused" and claim.row.pause_reason in MENDED for claim in claims):
+                self._mended()  # somebody has resumed them, here or in another process
             for claim, rows in zip(claims, loaded, strict=True):
                 execution = self.launch(claim.row, claim.fence, claim.seq, claim.recoveries, *rows)
                 if claim.event is not None:

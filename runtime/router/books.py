@@ -62,7 +62,7 @@ class Books:
         usage = _usage_of(call, attempt, failure)
         deployment.rates.correct(now, place.tokens, float(usage.input_tokens + usage.output_tokens))
         if attempt.answer is not None and attempt.answer.usage is not None:
-            deployment.output.add(attempt.answer.usage.output_tokens)
+            deployment.learn_usage(call.needs.tokens, attempt.answer.usage)
         usd = deployment.cost_of(usage) if deployment.cost_of is not None else None
         await self._purse.settle(place, usd or 0.0)
         self._record(call, attempt, verdict, failure, usage, usd, wasted=lost or attempt.answer is None)

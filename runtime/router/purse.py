@@ -58,7 +58,7 @@ class Purse:
                 f"a budget covers this call, and no price is known for {deployment.model.model} ({deployment.name}): "
                 f"set models.{deployment.name}.price, or default_price for all that are unknown"
             )
-        return deployment.cost_of(deployment.expected_usage(call.needs.tokens, call.request.max_tokens))
+        return deployment.cost_of(deployment.dearest_usage(call.needs.tokens, call.request.max_tokens))
 
     def _too_little(self, refused: Refusal, usd: float) -> BudgetExceeded:
         cap = refused.cap

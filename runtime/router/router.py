@@ -47,6 +47,7 @@ from ridethrough.runtime.router.call import (
     Call,
     Listener,
     Place,
+    awaits_of,
     higher,
 )
 from ridethrough.runtime.router.choice import in_order, needs_of, refusal
@@ -196,9 +197,22 @@ class Router:
         asked_first = self._roster.model(settings.models[0]).model
         with self._telemetry.call(route=route, model=asked_first, context=context, stream=listener is not None) as span:
             call = await self._call(request, route, settings, context, listener, span)
-            response = await self._answer(call)
+            try:
+                response = await self._answer(call)
+            except Auth as error:  # whoever can wait need not be told by a person that the key is good again
+                self._say_when(call, error)
+                raise
             span.answered(response)
             return response
+
+    def _say_when(self, call: Call, error: Auth) -> None:
+        """Put the condition into the error of a refused key: when it is tried again, whatever others could answer."""
+        failed = error.deployment
+        others = [name for name in call.route.models if name != failed]
+        error.awaits = awaits_of(call.name, call.floor, others)
+        if error.retry_after is None and failed in self._roster.deployments:
+            shut_until = self._roster.deployments[failed].credential.shut_until
+            error.retry_after = max(0.0, shut_until - anyio.current_time())
 
     async def stream(
         self, request: ModelRequest, *, route: str, context: CallContext | None = None
