@@ -1291,3 +1291,34 @@ async def test_a_key_that_another_worker_uses_is_tried_again() -> None:
             first._roster.deployment("a").credential.refused_at -= KEY_SECONDS
             await first._knowledge.read()
             assert (await first.complete(question, route="a")).text == ANSWER
+
+
+@pytest.mark.parametrize("share", [1.3, 1.9])
+async def test_a_provider_that_counts_more_tokens_than_we_do_passes_no_cap(share: float) -> None:
+    """The input is undercounted, call after call: that must not add up."""
+    question = ModelRequest([{"role": "user", "content": "x" * 4000}], max_tokens=10)
+    billed = int(share * sum(message.tokens for message in question.messages))
+    ledger = MemoryLedger()
+    async with SimulatedProvider(Script().rule(Answer("ok", input_tokens=billed, output_tokens=10))) as sim:
+        config = parse_config(
+            f'[providers.a]\nkind = "openai"\nbase_url = "{sim.base_url}"\n'
+            '[models.a]\nprovider = "a"\nmodel = "m"\nprice = { input = 10, output = 40 }\n'
+            '[[budgets]]\nscope = "total"\nusd = 1.0\nper = "month"\n'
+        )
+        async with Router.open(config, ledger=ledger) as router:
+            refused: list[Unavailable] = []
+
+            async def ask() -> None:
+                while not refused:
+                    try:
+                        await router.complete(question, route="a")
+                    except Unavailable as error:
+                        refused.append(error)
+
+            async with anyio.create_task_group() as group:
+                for _ in range(20):
+                    group.start_soon(ask)
+    one = billed * 10 / 1e6 + 10 * 40 / 1e6
+    spent = sum(record.cost_usd or 0.0 for record in ledger.attempts)
+    assert {error.reason for error in refused} == {"budget"}
+    assert 1.0 - 25 * one < spent <= 1.0 + one
