@@ -22,6 +22,7 @@ from sqlalchemy import (
     Table,
     and_,
     bindparam,
+    case,
     delete,
     func,
     insert,
@@ -278,7 +279,11 @@ class Store:
         return connection.execute(query.order_by(RUNS.c.created_at, RUNS.c.id)).all()
 
     def usage(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, StoredRow]:
-        """Sums over the model calls of each run: tokens, calls, cost, and calls of unknown price."""
+        """Sums over the model calls of each run: tokens, calls, cost, and calls of unknown price.
+
+        A call that was refused cost nothing, whatever its price.
+        """
+        unpriced = and_(STEPS.c.status == "done", STEPS.c.cost_usd.is_(None))
         query = (
             select(
                 STEPS.c.run_id,
@@ -286,7 +291,7 @@ class Store:
                 func.coalesce(func.sum(STEPS.c.output_tokens), 0).label("output_tokens"),
                 func.count().label("model_calls"),
                 func.coalesce(func.sum(STEPS.c.cost_usd), 0.0).label("cost_usd"),
-                (func.count() - func.count(STEPS.c.cost_usd)).label("unpriced_calls"),
+                func.sum(case((unpriced, 1), else_=0)).label("unpriced_calls"),
             )
             .where(STEPS.c.run_id.in_(run_ids), STEPS.c.kind == "model", STEPS.c.attempts > 0)
             .group_by(STEPS.c.run_id)

@@ -19,6 +19,7 @@ import pytest
 from ridethrough import Agent, Runtime, workflow
 from ridethrough.cli import run as command
 from ridethrough.runtime.config import Config, load_config
+from ridethrough.runtime.errors import RunFailed
 from ridethrough.runtime.events import RunPaused
 from ridethrough.runtime.router.providers.simulated import Fault, Script, SimulatedProvider
 from ridethrough.runtime.router.router import Router
@@ -393,3 +394,14 @@ async def test_branches_that_wait_for_the_same_say_it_once_and_how_to_go_on(here
         _, shown = await run_command("show", "x")
         assert shown.count("Add credit") == shown.count("ridethrough resume x") == 1, shown
         assert shown.index("Add credit") < shown.index("ridethrough resume x")
+
+
+async def test_a_call_that_was_refused_has_cost_nothing(here: Path) -> None:
+    async with SimulatedProvider(Script().rule("{{user}}")) as provider:
+        provider.faults.add(Fault(status=400))
+        async with serving(configured(here, provider)) as runtime:
+            run = await runtime.start(pause_parent, "x", id="x")
+            with pytest.raises(RunFailed):
+                await run.result()
+            view = await runtime.describe((await runtime.describe("x")).children[0])
+    assert (view.usage.model_calls, view.usage.unpriced_calls, view.cost_usd) == (1, 0, 0.0)
