@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,13 @@ Ask = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "ridethrough.toml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RIDETHROUGH_CONFIG", raising=False)
     monkeypatch.setenv("MODELS_TEST_KEY", KEY)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("app", None)  # the commands ran in this process, and other tests have an app.py of their own
 
 
 @pytest.fixture

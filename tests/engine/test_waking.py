@@ -554,7 +554,7 @@ async def test_no_wake_up_falls_between_the_error_and_the_parking(
 
     monkeypatch.setattr(Execution, "_leave", well_now)
     async with SimulatedProvider(echo()) as provider:
-        ill(url, "a", 0.3)
+        ill(url, "a", 2.0)
         async with open_runtime(config=config_of('["a"]', a=provider.base_url)) as runtime:
             runs = await begin(runtime, ask, "x")
             assert await results(runs) == ["x"]

@@ -251,9 +251,8 @@ def test_this_machine() -> None:
 async def test_a_header_that_cannot_be_sent_is_named_without_its_value() -> None:
     async with serving(polite) as server, Connections(server.url) as connections:
         for bad in ({"authorization": "Bearer sk-secret\n"}, {"x-key": " sk-secret"}, {"x\r\ny": "sk-secret"}):
-            with pytest.raises(Transport) as caught:
+            with pytest.raises(ConfigError) as caught:
                 await ask(connections, headers=bad)
-            assert caught.value.phase == "connect"
             assert "secret" not in repr(caught.value) + repr(caught.value.__cause__)
         assert await ask(connections) == b"hello"
 
