@@ -48,8 +48,6 @@ class Call:
     needs: Needs
     candidates: list[Deployment]
     """Those that may answer, in the order in which they are asked."""
-    refusals: dict[str, str]
-    """Why the others may not."""
     started: float
     until: float
     patience: float
@@ -57,7 +55,6 @@ class Call:
     span: CallSpan
     caps: tuple[Cap, ...] = ()
     attempts: int = 0
-    hedges: int = 0
     errors: list[ModelError] = field(default_factory=list[ModelError])
     not_before: dict[str, float] = field(default_factory=dict[str, float])
     """When a deployment that has failed this call may be tried again for it."""

@@ -183,7 +183,6 @@ class Ticket:
     first_token: float | None = None
     overdue: bool = False
     free: Callable[[], None] | None = None
-    last_resort: bool = False
     held: bool = False
 
 
@@ -293,13 +292,13 @@ class Health:
         self._needed_at = now
         if self._resort is not None or self._resort_failures >= RESORTS or not self.still_answers(now):
             return None
-        self._resort = Ticket(now, -1, size, last_resort=True)
+        self._resort = Ticket(now, -1, size)
         self.flight.add(self._resort)
         return self._resort
 
     def begin_ping(self, now: float) -> Ticket:
         """Begin a call that is made whatever is known, and proves nothing."""
-        return Ticket(now, -1, 0, last_resort=True)
+        return Ticket(now, -1, 0)
 
     def begun_beside(self) -> None:
         """Another one that answers the same calls has begun one: it was let in by the rate of this ramp too."""

@@ -264,7 +264,6 @@ class Router:
             floor,
             needs,
             in_order(settings, candidates, needs, request.max_tokens, self._random),
-            refused,
             now,
             now + context.deadline if context.deadline is not None else math.inf,
             settings.patience,
