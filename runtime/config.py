@@ -58,6 +58,7 @@ def _check_pattern(value: str) -> str:
 
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
 SecretRef = Annotated[str, AfterValidator(_check_reference)]
+Size = Annotated[str, Field(pattern=r"^\s*\d+(\.\d+)?\s*[kKmMgG]?([iI]?[bB])?\s*$")]
 
 
 class _Table(BaseModel):
@@ -218,14 +219,26 @@ class ErrorRule(_Table):
 
 
 class SandboxConfig(_Table):
-    """``[sandboxes.NAME]``: a profile."""
+    """``[sandboxes.NAME]``: a profile; ``ridethrough.sandboxes.profile.SandboxProfile`` explains the keys.
 
-    image: str
-    memory: str = "512m"
+    Sizes are texts such as ``"512m"``. ``inject`` holds references to secrets, resolved by the host when its proxy
+    starts. ``warm`` is how many sandboxes are kept ready while the profile is in use.
+    """
+
+    kind: Literal["docker", "local"] = "docker"
+    image: str = "ridethrough/python:latest"
+    memory: Size = "512m"
     cpus: float = Field(default=1.0, gt=0)
     pids: int = Field(default=128, gt=0)
+    disk: Size = "256m"
     network: Literal["none"] | tuple[str, ...] = "none"
+    private_hosts: tuple[str, ...] = ()
+    inject: dict[str, dict[str, str]] = Field(default_factory=dict[str, dict[str, str]])
     runtime: Literal["auto", "runc", "runsc"] = "auto"
+    env: dict[str, str] = Field(default_factory=dict[str, str])
+    desktop: bool = False
+    warm: int = Field(default=1, ge=0)
+    snapshot_limit: Size = "64m"
 
 
 class Config(_Table):
@@ -552,7 +565,7 @@ def _not_yet(what: str, instead: str = "remove the key, or leave it at its defau
 
 
 def _check_supported(config: Config, source: _Source) -> None:
-    _refuse(source, config, (), {"sandboxes": {}, "embeddings": None, "reaper_seconds": 15.0})
+    _refuse(source, config, (), {"embeddings": None})
 
 
 def _refuse(source: _Source, table: BaseModel, here: _Location, defaults: Mapping[str, object]) -> None:

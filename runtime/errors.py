@@ -281,11 +281,24 @@ class Unavailable(ModelError):
 
 
 class SandboxError(Error, RuntimeError):
-    """A sandbox failed."""
+    """A sandbox cannot do what it was asked."""
+
+
+class SandboxFileNotFound(SandboxError, FileNotFoundError):
+    """There is no such file or folder in the sandbox."""
 
 
 class SandboxTimeout(SandboxError, TimeoutError):
-    """A call in a sandbox ran past its deadline and was ended."""
+    """A call in a sandbox ran past its deadline; everything that it had started was ended.
+
+    Attributes:
+        result: What it had written until then (an ``ExecResult``), ``None`` where nothing is known.
+    """
+
+    def __init__(self, message: str = "", result: Any = None) -> None:
+        """``result`` is the part of the output that there was."""
+        super().__init__(message)
+        self.result = result
 
 
 class SandboxGone(SandboxError):

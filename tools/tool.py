@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, ParamSpec, TypeAlias, TypeVar, cast, get_args, overload
 
 from ridethrough.runtime.errors import ConfigError, UsageError
+from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.tools.schema import ParameterSchema
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 Effect = Literal["read", "idempotent", "write"]
+SandboxScope = Literal["run", "call"]
 
 DEFAULT_TIMEOUT: Final = 60.0
 DEFAULT_MAX_OUTPUT: Final = 20_000
@@ -73,6 +75,9 @@ class Tool(Generic[P, R]):
         concurrency: Calls at the same time in one process, ``None`` for no limit of its own.
         sequential: Whether calls of one turn run one after the other.
         is_async: Whether the function is awaited instead of run in a worker thread.
+        sandbox: Profile of the sandbox that the body runs in; ``None``: it runs in this process.
+        sandbox_scope: Whether such calls share the run's sandbox of that profile or get one of their own each.
+        confined: Whether everything that the function does happens in the sandbox, through ``ctx.sandbox``.
     """
 
     function: Callable[P, R]
@@ -88,6 +93,9 @@ class Tool(Generic[P, R]):
     concurrency: int | None = None
     sequential: bool = False
     is_async: bool = field(default=False)
+    sandbox: str | SandboxProfile | None = None
+    sandbox_scope: SandboxScope = "run"
+    confined: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -139,7 +147,9 @@ def tool(
     timeout: float = DEFAULT_TIMEOUT,
     retries: int = 0,
     approval: Approval = False,
-    sandbox: object | None = None,
+    sandbox: str | SandboxProfile | None = None,
+    sandbox_scope: SandboxScope = "run",
+    confined: bool = False,
     on_interrupt: OnInterrupt = "tell",
     max_output: int = DEFAULT_MAX_OUTPUT,
     concurrency: int | None = None,
@@ -153,7 +163,9 @@ def tool(
     timeout: float = DEFAULT_TIMEOUT,
     retries: int = 0,
     approval: Approval = False,
-    sandbox: object | None = None,
+    sandbox: str | SandboxProfile | None = None,
+    sandbox_scope: SandboxScope = "run",
+    confined: bool = False,
     on_interrupt: OnInterrupt = "tell",
     max_output: int = DEFAULT_MAX_OUTPUT,
     concurrency: int | None = None,
@@ -168,7 +180,11 @@ def tool(
         timeout: Deadline of one attempt in seconds.
         retries: Further attempts after a failure, for ``read`` and ``idempotent`` only.
         approval: ``True``, or a function of the call that returns whether a person has to decide first.
-        sandbox: Where the body runs; not available in this release.
+        sandbox: A profile's name, or a ``SandboxProfile``: the body runs there, never in this process. It has to be
+            complete in itself: it imports what it uses, and refers to nothing around it.
+        sandbox_scope: ``run``: such calls share the run's sandbox of that profile; ``call``: each has one of its own.
+        confined: Whether everything that the function does happens in the sandbox, through ``ctx.sandbox``. After a
+            crash such a call is run again, and finds there what its first life had started: nothing happens twice.
         on_interrupt: What happens to a write whose outcome is unknown after a crash: ``tell`` the model, ``ask`` a
             person, or an async function of the call that returns the output, or raises ``NotStarted`` or
             ``OutcomeUnknown``.
@@ -199,6 +215,9 @@ def tool(
             concurrency=concurrency,
             sequential=sequential,
             is_async=_is_async(function),
+            sandbox=sandbox,
+            sandbox_scope=sandbox_scope,
+            confined=confined,
         )
 
     return decorate(name) if callable(name) else decorate

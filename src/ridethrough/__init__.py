@@ -61,7 +61,7 @@ _MODULES = {
         "Auth", "BudgetExceeded", "ConfigError", "ContentFilter", "ContextLength", "Diverged", "Error",
         "GuardrailTripped", "InvalidOutput", "InvalidRequest", "LimitExceeded", "ModelError", "NotFound", "NotStarted",
         "OutcomeUnknown", "Overloaded", "QuotaExhausted", "RateLimited", "RunBusy", "RunCancelled", "RunConflict",
-        "RunFailed", "RunPoisoned", "SandboxError", "SandboxGone", "SandboxTimeout", "SandboxUnavailable",
+        "RunFailed", "RunPoisoned", "SandboxError", "SandboxFileNotFound", "SandboxGone", "SandboxTimeout", "SandboxUnavailable",
         "SerializationError", "ServerError", "Slow", "StepFailed", "StoreError", "StoreVersionError", "StreamBroken",
         "ToolFailed", "ToolInterrupted", "Transport", "Unavailable", "UsageError",
     ),
