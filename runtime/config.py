@@ -249,6 +249,10 @@ class Config(_Table):
     durability: Literal["power", "process"] = "power"
     lease_seconds: float = Field(default=5.0, gt=0)
     reaper_seconds: float = Field(default=15.0, gt=0)
+    sandbox_lease_seconds: float = Field(default=600.0, gt=0)
+    """How long the sandbox of an unfinished run is kept for the worker that takes the run up."""
+    sandbox_pause_seconds: float = Field(default=60.0, gt=0)
+    """How long the sandbox of a parked run is kept frozen before its workspace is archived and it is removed."""
     default_price: Price | None = None
     """What a model costs whose price is not known; without it a call that a budget covers is refused."""
     embeddings: str | None = None

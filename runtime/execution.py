@@ -94,6 +94,10 @@ class Services(Protocol):
         """The model router, opened at its first use."""
         ...
 
+    async def companion(self, name: str) -> Any:
+        """What another part of the house has beside the worker."""
+        ...
+
 
 class Unwinding(BaseException):
     """The run has left memory and its code is still being unwound: a step in a shielded ``finally`` ends here."""
@@ -102,10 +106,16 @@ class Unwinding(BaseException):
 class Branch:
     """A line of execution inside a run: one task, and a name that every step on it begins with."""
 
-    __slots__ = ("agent", "checked", "counts", "execution", "prefix", "task")
+    __slots__ = ("agent", "checked", "counts", "execution", "prefix", "sandbox", "task")
 
-    def __init__(self, execution: Execution, prefix: str, task: object, agent: str | None = None) -> None:
-        """``task`` is the only task that may perform steps on this branch."""
+    def __init__(
+        self, execution: Execution, prefix: str, task: object, agent: str | None = None, sandbox: object = None
+    ) -> None:
+        """``task`` is the only task that may perform steps on this branch.
+
+        ``agent`` speaks on it, and means by its sandbox the one of the profile ``sandbox``.
+        """
+        self.sandbox = sandbox
         self.execution = execution
         self.prefix = prefix
         self.task = task
@@ -796,7 +806,7 @@ class _Group:
     async def _run_job(self, index: int, scope: anyio.CancelScope) -> None:
         prefix, job = self.jobs[index]
         task = self.execution.services.current_task()
-        _position.set(Branch(self.execution, prefix, task, self.branch.agent))
+        _position.set(Branch(self.execution, prefix, task, self.branch.agent, self.branch.sandbox))
         try:
             self.results[index] = await job()
         except Exception as error:
@@ -830,7 +840,7 @@ class _Group:
         self.execution.abandoned += [prefix for prefix, _ in self.jobs]
         if index < len(self.jobs):
             prefix, job = self.jobs[index]
-            with stand(Branch(self.execution, prefix, self.branch.task, self.branch.agent)):
+            with stand(Branch(self.execution, prefix, self.branch.task, self.branch.agent, self.branch.sandbox)):
                 await job()
         asked = f"{len(self.jobs)} branches, of which that one does not fail now"
         self.execution.diverge(self.path, f"a failure of branch {index}", asked)

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import Token
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
@@ -17,12 +18,21 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 import anyio
 from sqlalchemy import Connection
 
-from ridethrough.runtime import control, payload, views
+from ridethrough.runtime import companions, control, payload, views
 from ridethrough.runtime.backend import current_backend
 from ridethrough.runtime.clock import Clock, SystemClock
 from ridethrough.runtime.config import Config, load_config
 from ridethrough.runtime.control import Decision
-from ridethrough.runtime.errors import ConfigError, NotFound, RunBusy, RunCancelled, RunConflict, RunFailed, UsageError
+from ridethrough.runtime.errors import (
+    ConfigError,
+    Error,
+    NotFound,
+    RunBusy,
+    RunCancelled,
+    RunConflict,
+    RunFailed,
+    UsageError,
+)
 from ridethrough.runtime.events import Event
 from ridethrough.runtime.execution import Branch, Launcher, position
 from ridethrough.runtime.journal import Unit
@@ -40,6 +50,23 @@ DEFAULT_DATABASE = "sqlite:///ridethrough.db"
 log = logging.getLogger("ridethrough")
 GRACE_SECONDS = 5.0
 """How long running steps may go on when a runtime closes, before they are cut off (and repeated on resume)."""
+
+
+@dataclass(frozen=True)
+class Lodgings:
+    """What ``Runtime.open`` was told of sandboxes: profiles by name, and whether one without a boundary will do."""
+
+    config: Config
+    profiles: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    allow_local: bool = False
+
+
+class Owned:
+    """Something that is entered and left in a task of its own, whoever asks for it first."""
+
+    def __init__(self) -> None:
+        self.opened, self.closing, self.closed = anyio.Event(), anyio.Event(), anyio.Event()
+        self.error: Exception | None = None
 
 
 class Run(Generic[T]):
@@ -99,6 +126,7 @@ class Runtime(Launcher):
         database: str,
         *,
         resources: Mapping[str, Any],
+        lodgings: Lodgings,
         concurrency: int,
         clock: Clock,
         serve: bool,
@@ -110,6 +138,7 @@ class Runtime(Launcher):
         self.store = Store(database, config.durability)
         self.clock = clock
         self._resources = resources
+        self._lodgings = lodgings
         self._concurrency = concurrency
         self._serve = serve
         self._roots = roots
@@ -120,6 +149,7 @@ class Runtime(Launcher):
         self._router_error: Exception | None = None
         self._router_opening: anyio.Event | None = None
         self._router_closing, self._router_closed = anyio.Event(), anyio.Event()
+        self._companions: dict[str, Owned] = {}
         self._resumed = False
         self._token: Token[Launcher | None] | None = None
         self.worker: Worker
@@ -130,7 +160,8 @@ class Runtime(Launcher):
         database: str | None = None,
         *,
         config: str | Path | Config | None = None,
-        sandboxes: Any = None,
+        sandboxes: Mapping[str, Any] | None = None,
+        allow_local: bool = False,
         resources: Mapping[str, Any] | None = None,
         concurrency: int = 100,
         clock: Clock | None = None,
@@ -143,7 +174,9 @@ class Runtime(Launcher):
         Args:
             database: ``sqlite:///PATH``; the configuration's when left out.
             config: A ``ridethrough.toml`` (found in the working directory when left out) or a loaded one.
-            sandboxes: Not in this version.
+            sandboxes: Profiles by name (``SandboxProfile``), in place of the configuration's of the same names.
+            allow_local: Whether code that a model wrote may run on this machine without a boundary: in profiles of
+                kind ``local``, and where no Docker engine answers.
             resources: Live clients by name, for ``ToolContext.resource``; never stored.
             concurrency: How many runs may be in memory at once; the others are queued.
             clock: Another time than the machine's, for tests.
@@ -155,13 +188,12 @@ class Runtime(Launcher):
             ConfigError: the configuration or the URL is wrong.
             StoreError: (on entering) the database cannot be used.
         """
-        if sandboxes is not None:
-            raise ConfigError("sandboxes: this version runs tools in the process; sandboxes are not in it yet.")
         loaded = config if isinstance(config, Config) else load_config(Path(config) if config is not None else None)
         return cls(
             loaded,
             database or loaded.database or DEFAULT_DATABASE,
             resources=resources or {},
+            lodgings=Lodgings(loaded, dict(sandboxes or {}), allow_local),
             concurrency=concurrency,
             clock=clock or SystemClock(),
             serve=serve,
@@ -189,6 +221,7 @@ class Runtime(Launcher):
             launcher=self,
             resources=self._resources,
             open_router=self._open_router,
+            open_companion=self._open_companion,
             concurrency=self._concurrency,
             lease_seconds=getattr(self.config, "lease_seconds", LEASE_SECONDS),
             roots=self._roots,
@@ -197,6 +230,9 @@ class Runtime(Launcher):
         self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._opened = True
         await self.worker.start(self._tasks, serve=self._serve)
+        if self._serve:
+            for name in companions.OPENERS:
+                self._tasks.start_soon(self._open_companion, name)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -215,6 +251,7 @@ class Runtime(Launcher):
             if self._opened:
                 with anyio.CancelScope(shield=True):
                     await self.worker.stop(grace)
+                    await self._close_companions()
                     await self._close_router()
                 self._tasks.cancel_scope.cancel()
             await self._stack.__aexit__(None, None, None)
@@ -267,6 +304,43 @@ class Runtime(Launcher):
         if self._router is not None:
             self._router_closing.set()
             await self._router_closed.wait()
+
+    # --- companions -------------------------------------------------------------------------------------------------
+
+    async def _open_companion(self, name: str) -> Any:
+        """As the router, each lives in a task of its own.
+
+        Raises:
+            Error: it cannot be opened; the next one who asks tries again.
+        """
+        owned = self._companions.get(name)
+        if owned is None:
+            owned = self._companions[name] = Owned()
+            self._tasks.start_soon(self._own_companion, name, owned)
+        await owned.opened.wait()
+        if owned.error is not None:
+            raise owned.error
+        return self.worker.companions[name]
+
+    async def _own_companion(self, name: str, owned: Owned) -> None:
+        try:
+            async with companions.OPENERS[name](self.worker, self._lodgings) as companion:
+                self.worker.companions[name] = companion
+                owned.opened.set()
+                await owned.closing.wait()
+        except Error as error:
+            log.warning("%s: %s", name, error)
+            owned.error = error
+            self._companions.pop(name, None)
+        finally:
+            self.worker.companions.pop(name, None)
+            owned.opened.set()
+            owned.closed.set()
+
+    async def _close_companions(self) -> None:
+        for owned in list(self._companions.values()):
+            owned.closing.set()
+            await owned.closed.wait()
 
     # --- starting ---------------------------------------------------------------------------------------------------
 

@@ -48,11 +48,13 @@ from ridethrough.runtime.tables import (
     AttemptRow,
     BudgetRow,
     DeploymentRow,
+    EgressRow,
     EventRow,
     HoldRow,
     IntentRow,
     PayloadRow,
     RunRow,
+    SandboxRow,
     SessionRow,
     SignalRow,
     StepRow,
@@ -75,6 +77,7 @@ SIGNALS, EVENTS, PAYLOADS = _table(SignalRow), _table(EventRow), _table(PayloadR
 SESSIONS, WORKERS = _table(SessionRow), _table(WorkerRow)
 ATTEMPTS, BUDGETS, HOLDS = _table(AttemptRow), _table(BudgetRow), _table(HoldRow)
 ANSWERS, DEPLOYMENTS = _table(AnswerRow), _table(DeploymentRow)
+SANDBOXES, EGRESS = _table(SandboxRow), _table(EgressRow)
 
 STEP_COLUMNS = tuple(column.name for column in STEPS.columns)
 # A new run has nothing to say of the columns that the database fills.
@@ -641,6 +644,70 @@ class Store:
         held = update(RUNS).where(RUNS.c.worker_id == worker_id)
         connection.execute(held.values(status="queued", worker_id=None, wake_at=now))
 
+    # --- sandboxes --------------------------------------------------------------------------------------------------
+
+    def insert_sandbox(self, connection: Connection, row: Record) -> None:
+        """Put a sandbox on record, before it is created."""
+        connection.execute(insert(SANDBOXES), dict(row))
+
+    def update_sandbox(self, connection: Connection, sandbox_id: str, **values: Any) -> bool:
+        """Change a sandbox's row; whether there is one."""
+        changed = connection.execute(update(SANDBOXES).where(SANDBOXES.c.id == sandbox_id).values(**values))
+        return bool(changed.rowcount)
+
+    def sandbox(self, connection: Connection, sandbox_id: str) -> StoredRow | None:
+        """One sandbox."""
+        return connection.execute(select(SANDBOXES).where(SANDBOXES.c.id == sandbox_id)).first()
+
+    def sandboxes(self, connection: Connection, *, live: bool = True) -> Sequence[StoredRow]:
+        """All sandboxes, oldest first; those that are gone too unless ``live``."""
+        query = select(SANDBOXES).order_by(SANDBOXES.c.created_at)
+        return connection.execute(query.where(SANDBOXES.c.live.is_(True)) if live else query).all()
+
+    def sandbox_of(self, connection: Connection, run_id: str, key: str) -> StoredRow | None:
+        """The newest sandbox of a run under ``key``, whatever has become of it."""
+        mine = and_(SANDBOXES.c.run_id == run_id, SANDBOXES.c.key == key)
+        return connection.execute(select(SANDBOXES).where(mine).order_by(SANDBOXES.c.created_at.desc())).first()
+
+    def sandboxes_of(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
+        """The sandboxes of a run that a host may have."""
+        return connection.execute(
+            select(SANDBOXES).where(SANDBOXES.c.run_id == run_id, SANDBOXES.c.live.is_(True))
+        ).all()
+
+    def renew_sandboxes(self, connection: Connection, ids: Sequence[str], worker_id: str, expires_at: float) -> None:
+        """Say that a worker still has these."""
+        held = and_(SANDBOXES.c.id.in_(ids), SANDBOXES.c.worker_id == worker_id)
+        connection.execute(update(SANDBOXES).where(held).values(expires_at=expires_at))
+
+    def ownerless_sandboxes(self, connection: Connection, host: str, now: float) -> Sequence[StoredRow]:
+        """What lives on ``host`` and nobody wants: its run has ended or is gone, or nobody renewed it in time.
+
+        ``ended`` says which; what has only run out may be taken up again, so its workspace is worth an archive.
+        """
+        ended = and_(SANDBOXES.c.run_id.is_not(None), or_(RUNS.c.id.is_(None), RUNS.c.status.in_(FINAL)))
+        query = (
+            select(SANDBOXES, ended.label("ended"))
+            .outerjoin(RUNS, RUNS.c.id == SANDBOXES.c.run_id)
+            .where(SANDBOXES.c.live.is_(True), SANDBOXES.c.host == host)
+            .where(or_(ended, SANDBOXES.c.expires_at < now))
+        )
+        return connection.execute(query).all()
+
+    def forget_sandbox(self, connection: Connection, sandbox_id: str, detail: str) -> None:
+        """It is gone: one of a run stays on record, one that was only kept ready does not."""
+        mine = SANDBOXES.c.id == sandbox_id
+        connection.execute(delete(SANDBOXES).where(mine, SANDBOXES.c.run_id.is_(None)))
+        connection.execute(update(SANDBOXES).where(mine).values(status="removed", live=False, detail=detail))
+
+    def insert_egress(self, connection: Connection, rows: Sequence[Record]) -> None:
+        """Record what sandboxes asked of their proxy."""
+        connection.execute(insert(EGRESS), [dict(row) for row in rows])
+
+    def egress(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
+        """What the sandboxes of a run asked of their proxy, in order."""
+        return connection.execute(select(EGRESS).where(EGRESS.c.run_id == run_id).order_by(EGRESS.c.seq)).all()
+
     # --- fork and retention -----------------------------------------------------------------------------------------
 
     def copy_journal(self, connection: Connection, source: str, target: str, before: int) -> None:
@@ -668,8 +735,10 @@ class Store:
 
     def delete_runs(self, connection: Connection, run_ids: Sequence[str]) -> None:
         """Delete runs with all that belongs to them."""
-        for table in (STEPS, INTENTS, WAITS, SIGNALS, EVENTS, ATTEMPTS, BUDGETS):
+        for table in (STEPS, INTENTS, WAITS, SIGNALS, EVENTS, ATTEMPTS, BUDGETS, EGRESS):
             connection.execute(delete(table).where(table.c.run_id.in_(run_ids)))
+        # A sandbox that the host may still have stays on record: the reaper goes by it.
+        connection.execute(delete(SANDBOXES).where(SANDBOXES.c.run_id.in_(run_ids), SANDBOXES.c.live.is_(False)))
         connection.execute(delete(RUNS).where(RUNS.c.id.in_(run_ids)))
 
     def delete_router_rows(self, connection: Connection, before: float) -> None:
@@ -683,6 +752,7 @@ class Store:
             (BUDGETS, BUDGETS.c.resets_at < before),
             (ANSWERS, ANSWERS.c.kept_at < before),
             (DEPLOYMENTS, DEPLOYMENTS.c.at < before),
+            (EGRESS, and_(EGRESS.c.run_id.is_(None), EGRESS.c.at < before)),
             (ATTEMPTS, or_(and_(ATTEMPTS.c.run_id.is_(None), ATTEMPTS.c.started_at < before), gone)),
         ):
             connection.execute(delete(table).where(outdated))
@@ -696,6 +766,7 @@ class Store:
                 select(STEPS.c.artifact_ref).where(STEPS.c.artifact_ref.is_not(None)),
                 select(RUNS.c.input_ref).where(RUNS.c.input_ref.is_not(None)),
                 select(RUNS.c.result_ref).where(RUNS.c.result_ref.is_not(None)),
+                select(SANDBOXES.c.archive_ref).where(SANDBOXES.c.archive_ref.is_not(None)),
             )
         )
         statement = delete(PAYLOADS).where(PAYLOADS.c.hash.not_in(used), PAYLOADS.c.created_at < before)
@@ -738,6 +809,7 @@ class Store:
 _OWN_TABLES = [
     *(RUNS, STEPS, INTENTS, WAITS, SIGNALS, EVENTS, PAYLOADS, SESSIONS, WORKERS),
     *(ATTEMPTS, BUDGETS, HOLDS, ANSWERS, DEPLOYMENTS),
+    *(SANDBOXES, EGRESS),
 ]
 
 

@@ -4,7 +4,8 @@
 row a finished step. ``intents`` says that a tool with side effects was about to start. ``waits`` says what a run is
 blocked on. ``events`` keeps what happened to a run that is not a step. Large values lie once in ``payloads``, by
 content. The router's are ``attempts`` (append-only, for ``show`` and the metrics), ``budgets`` and ``holds`` (money),
-``answers`` (the exact-match cache) and ``deployments`` (what any worker knows of them). Times are seconds since the
+``answers`` (the exact-match cache) and ``deployments`` (what any worker knows of them). ``sandboxes`` says who owns
+which sandbox on which host, ``egress`` what was asked of their proxy. Times are seconds since the
 epoch (UTC) as floats, money is whole nano-dollars (1e-9 USD: sums are exact), payload columns hold JSON text.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Text, text
 from sqlmodel import Field, SQLModel
 
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0003"
 """The Alembic revision that these tables correspond to."""
 
 FINAL = ("done", "failed", "cancelled")
@@ -341,3 +342,62 @@ class DeploymentRow(SQLModel, table=True):
     state: str = Field(sa_column=Column(Text, nullable=False))
     at: float
     worker: str
+
+
+class SandboxRow(SQLModel, table=True):
+    """A sandbox, from before it is created until its run is deleted: who owns it, and until when without word."""
+
+    __tablename__: ClassVar[Any] = "sandboxes"
+    __table_args__ = (
+        Index(
+            "ix_sandboxes_run",
+            "run_id",
+            sqlite_where=text("run_id IS NOT NULL"),
+            postgresql_where=text("run_id IS NOT NULL"),
+        ),
+        Index("ix_sandboxes_host", "host", sqlite_where=text("live"), postgresql_where=text("live")),
+    )
+
+    id: str = Field(primary_key=True)
+    run_id: str | None = None
+    """The run that it belongs to; NULL while it is kept ready for whoever comes."""
+    key: str = ""
+    """Which of the run's sandboxes it is: the profile's name, and for one of a single call the call's id."""
+    profile: str
+    host: str
+    """Where it lives: only a worker there can attach to it."""
+    worker_id: str
+    status: str
+    """``starting``, ``running``, ``paused``, ``archived`` (only the archive is left) or ``removed``."""
+    live: bool
+    """Whether the host has, or may have, anything of it."""
+    runtime: str = ""
+    proof: str | None = Field(default=None, sa_column=Column(Text))
+    """What was tried to see that the runtime enforces the limits, and what came of it: JSON."""
+    created_at: float
+    expires_at: float
+    """When it is ownerless, unless its worker says otherwise before."""
+    archive_ref: str | None = None
+    """The payload that holds the workspace, as it was when it was archived."""
+    detail: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """Why it was removed."""
+
+
+class EgressRow(SQLModel, table=True):
+    """A connection that a sandbox asked its proxy for, and what became of it. Sizes in bytes."""
+
+    __tablename__: ClassVar[Any] = "egress"
+    __table_args__ = (Index("ix_egress_run", "run_id"), Index("ix_egress_at", "at"))
+
+    seq: int | None = Field(default=None, primary_key=True)
+    sandbox_id: str
+    run_id: str | None = None
+    at: float
+    method: str
+    host: str
+    port: int
+    allowed: bool
+    reason: str
+    bytes_in: int = Field(sa_column=Column(BigInteger, nullable=False))
+    bytes_out: int = Field(sa_column=Column(BigInteger, nullable=False))
+    status: int | None = None

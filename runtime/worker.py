@@ -21,6 +21,7 @@ from sqlalchemy import Connection
 from ridethrough.runtime import control, lease, payload
 from ridethrough.runtime.backend import Backend, is_our_cancellation
 from ridethrough.runtime.clock import Clock
+from ridethrough.runtime.companions import Companion, How
 from ridethrough.runtime.control import Claim, Claimer
 from ridethrough.runtime.errors import Diverged, Error, NotFound, RunCancelled, SerializationError, StoreError
 from ridethrough.runtime.events import EventBase, RunFinished, RunPaused, RunStarted
@@ -76,6 +77,7 @@ class Worker:
         launcher: Launcher,
         resources: Mapping[str, Any],
         open_router: Callable[[], Awaitable[Any]],
+        open_companion: Callable[[str], Awaitable[Any]],
         concurrency: int = 100,
         lease_seconds: float = lease.LEASE_SECONDS,
         roots: set[str] | None = None,
@@ -103,6 +105,8 @@ class Worker:
         self.awaited: dict[str, Awaited] = {}
         self.watchers: dict[str, list[Callable[[EventBase], None]]] = {}
         self.local: dict[str, Workflow[..., Any]] = {}
+        self.companions: dict[str, Companion] = {}
+        self._open_companion = open_companion
         self._open_router = open_router
         self._mended = mended
         self._lease_seconds = lease_seconds
@@ -126,6 +130,10 @@ class Worker:
     async def router(self) -> Any:
         """The model router."""
         return await self._open_router()
+
+    async def companion(self, name: str) -> Any:
+        """What another part of the house has beside this worker: see ``companions.py``."""
+        return self.companions.get(name) or await self._open_companion(name)
 
     def spawn(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
         """Run something in the background, as long as the worker lives."""
@@ -435,6 +443,8 @@ class Worker:
             if execution.ending is None:
                 self._claimer.accepted.discard(execution.run_id)
             self.mine.discard(execution.run_id)
+            for companion in self.companions.values():
+                companion.left(execution.run_id, _how(execution))
             if self._gone is not None:
                 self._gone.set()
             if self._backlog or execution.ending is not None:
@@ -591,6 +601,19 @@ class Worker:
             awaited.waiters -= 1
             if not awaited.waiters:
                 self.awaited.pop(run_id, None)
+
+
+def _how(execution: Execution) -> How:
+    """How a run has left, in the words of ``companions.py``."""
+    match execution.ending:
+        case "park":
+            return "parked"
+        case "lost":
+            return "lost"
+        case "release" | "broken":
+            return "released"
+        case _:
+            return "ended"
 
 
 @dataclass(slots=True)

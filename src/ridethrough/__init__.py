@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ridethrough.runtime.companions import register
+
 if TYPE_CHECKING:
     from ridethrough.agents.agent import Agent as Agent
     from ridethrough.agents.agent import AgentResult as AgentResult
@@ -53,17 +55,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+
+def _open_sandboxes(worker: Any, lodgings: Any) -> Any:
+    """Each worker that serves runs looks after sandboxes too; the engine itself knows nothing of them."""
+    return import_module("ridethrough.tools.lodging").open_lodging(worker, lodgings)
+
+
+register("sandboxes", _open_sandboxes)
+
 _MODULES = {
     "agents.agent": ("Agent", "AgentResult", "Limits", "RunContext"),
     "agents.guardrail": ("guardrail",),
     "runtime.clock": ("FakeClock", "SystemClock"),
     "runtime.errors": (
         "Auth", "BudgetExceeded", "ConfigError", "ContentFilter", "ContextLength", "Diverged", "Error",
-        "GuardrailTripped", "InvalidOutput", "InvalidRequest", "LimitExceeded", "ModelError", "NotFound", "NotStarted",
-        "OutcomeUnknown", "Overloaded", "QuotaExhausted", "RateLimited", "RunBusy", "RunCancelled", "RunConflict",
-        "RunFailed", "RunPoisoned", "SandboxError", "SandboxFileNotFound", "SandboxGone", "SandboxTimeout", "SandboxUnavailable",
-        "SerializationError", "ServerError", "Slow", "StepFailed", "StoreError", "StoreVersionError", "StreamBroken",
-        "ToolFailed", "ToolInterrupted", "Transport", "Unavailable", "UsageError",
+        "GuardrailTripped", "InvalidOutput", "InvalidRequest", "LimitExceeded", "ModelError", "NotFound",
+        "NotStarted", "OutcomeUnknown", "Overloaded", "QuotaExhausted", "RateLimited", "RunBusy", "RunCancelled",
+        "RunConflict", "RunFailed", "RunPoisoned", "SandboxError", "SandboxFileNotFound", "SandboxGone",
+        "SandboxTimeout", "SandboxUnavailable", "SerializationError", "ServerError", "Slow", "StepFailed",
+        "StoreError", "StoreVersionError", "StreamBroken", "ToolFailed", "ToolInterrupted", "Transport",
+        "Unavailable", "UsageError",
     ),
     "runtime.events": (
         "ApprovalRequested", "Event", "HandedOff", "ModelDelta", "ModelReset", "RunFinished", "RunPaused", "RunResumed",
