@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ from ridethrough.runtime.router.messages import (
     UserMessage,
 )
 from ridethrough.runtime.workflow import NAME, Workflow, the_open_runtime
+from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.tools.catalogue import SEARCH_TOOL, Catalogue, ToolSearch
 from ridethrough.tools.schema import json_schema_of
 from ridethrough.tools.tool import Tool
 
@@ -157,10 +160,11 @@ class Agent(Generic[OutT]):
         handoffs: Sequence[Agent[Any]] = ...,
         guardrails: Sequence[Guardrail] = ...,
         limits: Limits = ...,
-        sandbox: str | None = ...,
+        sandbox: str | SandboxProfile | None = ...,
         floor: Tier | None = ...,
         priority: PriorityClass | None = ...,
         tool_concurrency: int = ...,
+        tool_search: ToolSearch | bool | int = ...,
         output_retries: int = ...,
         temperature: float | None = ...,
         max_tokens: int | None = ...,
@@ -178,10 +182,11 @@ class Agent(Generic[OutT]):
         handoffs: Sequence[Agent[Any]] = ...,
         guardrails: Sequence[Guardrail] = ...,
         limits: Limits = ...,
-        sandbox: str | None = ...,
+        sandbox: str | SandboxProfile | None = ...,
         floor: Tier | None = ...,
         priority: PriorityClass | None = ...,
         tool_concurrency: int = ...,
+        tool_search: ToolSearch | bool | int = ...,
         output_retries: int = ...,
         temperature: float | None = ...,
         max_tokens: int | None = ...,
@@ -198,10 +203,11 @@ class Agent(Generic[OutT]):
         output: Any = str,
         guardrails: Sequence[Guardrail] = (),
         limits: Limits = Limits(),
-        sandbox: str | None = None,
+        sandbox: str | SandboxProfile | None = None,
         floor: Tier | None = None,
         priority: PriorityClass | None = None,
         tool_concurrency: int = 16,
+        tool_search: ToolSearch | bool | int = True,
         output_retries: int = 2,
         temperature: float | None = None,
         max_tokens: int | None = None,
@@ -218,12 +224,14 @@ class Agent(Generic[OutT]):
             output: Any pydantic-able type; the text when left out.
             guardrails: Checks of input and output.
             limits: What one run may use.
-            sandbox: Not in this version.
+            sandbox: What ``ctx.sandbox`` is for its tools: a profile's name (``[sandboxes.NAME]``), or a profile.
             floor: The least capable tier that may answer (``frontier``, ``standard``, ``small``, ``local``); its calls
                 wait for one instead of being answered by less.
             priority: The class of its model calls under load: ``critical``, ``high``, ``normal`` or ``low``; that of
                 the run when left out.
             tool_concurrency: How many calls of one turn run at a time.
+            tool_search: With more than 40 tools (or than the number given here, or as a ``ToolSearch`` says) the model
+                is shown the few that fit its task and ``search_tools``, which finds others; ``False``: all, always.
             output_retries: How often an invalid output goes back to the model.
             temperature: Sampling temperature.
             max_tokens: Output tokens of one answer.
@@ -240,38 +248,67 @@ class Agent(Generic[OutT]):
         self.output = output
         self.guardrails = tuple(guardrails)
         self.limits = limits
+        self.sandbox = sandbox
         self.floor: Tier | None = floor
         self.priority: PriorityClass | None = priority
         self.tool_concurrency = tool_concurrency
+        self.tool_search = _search_of(name, tool_search, len(self.tools))
         self.output_retries = output_retries
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.reasoning = reasoning
         self._source = _defined_in()
-        self._check(sandbox)
+        self._check()
         # Registered at once, so that a new process that only defines its agents takes their runs up.
         _ = self.__workflow__
 
-    def _check(self, sandbox: str | None) -> None:
+    def _check(self) -> None:
         if not NAME.fullmatch(self.name):
             raise ConfigError(f"agent {self.name!r}: a name has letters, digits, '_', '.', ':' and '-' only.")
-        if sandbox is not None:
-            raise ConfigError(f"agent {self.name}: sandbox= is not in this version yet. Leave it out.")
         for what, value, known in (("floor", self.floor, TIERS), ("priority", self.priority, PRIORITIES)):
             if value is not None and value not in known:
                 raise ConfigError(f"agent {self.name}: {what}={value!r} is none of {', '.join(known)}.")
-        names = [tool.name for tool in self.tools] + [transfer_name(agent) for agent in self.handoffs]
-        for name in names:
+        if self.tool_concurrency < 1:
+            raise ConfigError(f"agent {self.name}: tool_concurrency={self.tool_concurrency} lets no tool run.")
+        self._check_names()
+        self._check_sandbox()
+        self._check_search()
+        _ = self.output_schema  # a type without a schema shows here and not in the first run
+
+    def _check_names(self) -> None:
+        names = Counter([tool.name for tool in self.tools] + [transfer_name(agent) for agent in self.handoffs])
+        for name, count in names.items():
             if not TOOL_NAME.fullmatch(name):
                 raise ConfigError(
                     f"agent {self.name}: no model can call a tool {name!r}. Names have 1 to 64 letters, digits, '_' "
                     f"and '-' (for a handoff, 'transfer_to_' is put in front of the agent's name)."
                 )
-            if names.count(name) > 1:
+            if count > 1:
                 raise ConfigError(f"agent {self.name}: two tools are called {name!r}. Rename one with @tool(name=...).")
-        if self.tool_concurrency < 1:
-            raise ConfigError(f"agent {self.name}: tool_concurrency={self.tool_concurrency} lets no tool run.")
-        _ = self.output_schema  # a type without a schema shows here and not in the first run
+
+    def _check_sandbox(self) -> None:
+        wanted: object = self.sandbox
+        if wanted is not None and wanted != "" and isinstance(wanted, str | SandboxProfile):
+            return
+        if wanted is not None:
+            raise ConfigError(
+                f"agent {self.name}: sandbox={wanted!r} is no sandbox. Give the name of a profile, [sandboxes.NAME] in "
+                f"the configuration, or a SandboxProfile."
+            )
+
+    def _check_search(self) -> None:
+        if self.tool_search is None:
+            return
+        if SEARCH_TOOL in self.tools_by_name:
+            raise ConfigError(
+                f"agent {self.name}: {SEARCH_TOOL!r} is the name of the tool that searches its {len(self.tools)} "
+                f"tools. Rename yours with @tool(name=...), or send all tools with tool_search=False."
+            )
+        for name in self.tool_search.always_names:
+            if name not in self.tools_by_name:
+                raise ConfigError(
+                    f"agent {self.name}: ToolSearch(always=...) names {name!r}, which is none of its tools."
+                )
 
     def __repr__(self) -> str:
         """The name and the model."""
@@ -285,11 +322,22 @@ class Agent(Generic[OutT]):
     @cached_property
     def tool_specs(self) -> tuple[ToolSpec, ...]:
         """The tools and handoffs as the model sees them; the same objects every turn."""
-        specs = [
-            ToolSpec(name=tool.name, description=tool.description, parameters=tool.parameters.json)
-            for tool in self.tools
-        ]
-        return (*specs, *(_transfer_spec(agent) for agent in self.handoffs))
+        return (*(spec_of(tool) for tool in self.tools), *self.transfer_specs)
+
+    @cached_property
+    def transfer_specs(self) -> tuple[ToolSpec, ...]:
+        """The handoffs as the model sees them."""
+        return tuple(_transfer_spec(agent) for agent in self.handoffs)
+
+    @cached_property
+    def tools_by_name(self) -> Mapping[str, Tool[..., Any] | AgentTool]:
+        """The tools; there may be thousands."""
+        return {tool.name: tool for tool in self.tools}
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The index of the tools, made at its first use."""
+        return Catalogue(self.tools)
 
     @cached_property
     def __workflow__(self) -> Workflow[..., AgentResult[OutT]]:
@@ -389,6 +437,20 @@ def input_messages(input: Any) -> list[Message]:
 
 def _is_part(item: Any) -> bool:
     return isinstance(item, TextPart | ImagePart) or (isinstance(item, Mapping) and "role" not in item)
+
+
+def spec_of(tool: Tool[..., Any] | AgentTool) -> ToolSpec:
+    """A tool as the model sees it."""
+    return ToolSpec(name=tool.name, description=tool.description, parameters=tool.parameters.json)
+
+
+def _search_of(agent: str, wanted: ToolSearch | bool | int, tools: int) -> ToolSearch | None:
+    """How the tools of an agent are searched; ``None`` if there are few enough to send them all."""
+    given: object = wanted
+    if not isinstance(given, ToolSearch | int):
+        raise ConfigError(f"agent {agent}: tool_search={given!r} is no ToolSearch, no number and no bool.")
+    search = ToolSearch.of(wanted)
+    return search if search is not None and tools > search.threshold else None
 
 
 def transfer_name(agent: Agent[Any]) -> str:

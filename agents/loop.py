@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from random import random
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ import anyio
 from pydantic_core import PydanticSerializationError
 from sqlalchemy import Connection
 
-from ridethrough.agents.agent import Agent, AgentResult, RunContext, input_messages, transfer_name
+from ridethrough.agents.agent import Agent, AgentResult, RunContext, input_messages, spec_of, transfer_name
 from ridethrough.agents.as_tool import AgentTool
 from ridethrough.agents.guardrail import Guardrail
 from ridethrough.runtime.errors import (
@@ -63,8 +63,9 @@ from ridethrough.tools.call import (
     recorded_result,
     refuse_call,
 )
+from ridethrough.tools.catalogue import SEARCH_TOOL
 from ridethrough.tools.output import READ_TOOL, cap_output, render_output
-from ridethrough.tools.schema import OutputInvalid, validate_output
+from ridethrough.tools.schema import ArgumentsInvalid, OutputInvalid, validate_output
 from ridethrough.tools.tool import Tool, tool
 
 LONGEST_PAUSE = 60.0
@@ -77,6 +78,7 @@ _RESPONSE = Codec(ModelResponse, "a model's answer")
 _TEXT = Codec(str, "instructions")
 _REASON = Codec(str | None, "the reason of a guardrail")
 _POSITION = Codec(int, "the position in a session")
+_NAMES = Codec(list[str], "names of tools")
 
 M = TypeVar("M", bound=Message)
 
@@ -121,6 +123,7 @@ class Conversation:
         self._artifacts: set[str] = set()
         self._extra: tuple[Tool[..., Any], ...] = ()
         self._specs: tuple[ToolSpec, ...] = ()
+        self._shown: dict[Agent[Any], list[str]] = {}
         self._known = 0
         self._waited = ""
         self._called = self.execution.info.called
@@ -173,16 +176,27 @@ class Conversation:
         """Let ``agent`` speak from here on."""
         self.agent = agent
         self.branch.agent = agent.name
+        self.branch.sandbox = agent.sandbox
         text = await self._instructions(agent)
         self.system = SystemMessage(content=text) if text else None
-        self._refresh_specs()
+        self._specs = (*await self._own_specs(agent), *map(spec_of, self._extra))
+        self._note_specs()
 
-    def _refresh_specs(self) -> None:
-        extra = [
-            ToolSpec(name=item.name, description=item.description, parameters=item.parameters.json)
-            for item in self._extra
-        ]
-        self._specs = (*self.agent.tool_specs, *extra)
+    async def _own_specs(self, agent: Agent[Any]) -> tuple[ToolSpec, ...]:
+        """What the agent's model is shown: all its tools, or of a large catalogue those that came to it so far."""
+        if agent.tool_search is None:
+            return agent.tool_specs
+        if agent not in self._shown:
+            self._shown[agent] = await self._first_tools(agent)
+        shown = [spec_of(agent.tools_by_name[name]) for name in self._shown[agent]]
+        return (SEARCH_SPEC, *shown, *agent.transfer_specs)
+
+    def _add_specs(self, *specs: ToolSpec) -> None:
+        """Show more tools, after the others: what a provider has cached of the beginning stays good."""
+        self._specs += specs
+        self._note_specs()
+
+    def _note_specs(self) -> None:
         seen = [self.agent.name, self.system.text if self.system else "", self.agent.output_schema]
         shown = [[spec.name, spec.description, spec.parameters] for spec in self._specs]
         settings = [self.agent.temperature, self.agent.max_tokens, self.agent.reasoning]
@@ -441,6 +455,7 @@ class Conversation:
             self._append(
                 ToolMessage(tool_call_id=call.id, name=call.name, content=result.content, is_error=result.is_error)
             )
+        self._load_tools(message.tool_calls, results)
         self._offer_artifacts(results.values())
         if target is not None:
             await self._take_over(target)
@@ -458,15 +473,78 @@ class Conversation:
 
     def _job(self, call: ToolCall, path: str, turn: Limiters) -> Callable[[], Awaitable[ToolResult]]:
         arguments: Any = call.arguments if call.arguments is not None else call.raw or ""
-        found = next((item for item in (*self.agent.tools, *self._extra) if item.name == call.name), None)
+        found = self.agent.tools_by_name.get(call.name)
+        found = found or next((item for item in self._extra if item.name == call.name), None)
         if isinstance(found, AgentTool):
             return lambda: self._call_agent(found, arguments, path)
         if isinstance(found, Tool):
             request = Request(found, arguments, path, self.branch, call.error)
             return lambda: call_tool(self.branch, request, self.deps, turn, process_limiters())
+        if call.name == SEARCH_TOOL and self.agent.tool_search is not None:
+            return lambda: self._search_tools(arguments, path)
         known = ", ".join(spec.name for spec in self._specs) or "none"
-        text = f"There is no tool {preview(call.name)!r}. Tools: {known}."
+        others = "" if self.agent.tool_search is None else f" {SEARCH_TOOL} finds others."
+        text = f"There is no tool {preview(call.name)!r}. Tools: {known}.{others}"
         return lambda: refuse_call(self.branch, path, _path_name(call.name), arguments, NotFound(text))
+
+    # --- large catalogues -------------------------------------------------------------------------------------------
+
+    async def _first_tools(self, agent: Agent[Any]) -> list[str]:
+        """What the model is shown before it has searched: chosen once, and on record as it was chosen.
+
+        The choice is a step, because another version of SQLite (or of us) may rank otherwise.
+        """
+        search = agent.tool_search
+        assert search is not None
+        said = [
+            call.name
+            for message in self.messages
+            if isinstance(message, AssistantMessage)
+            for call in message.tool_calls
+        ]
+
+        async def call(_path: str, _outcome: Outcome) -> list[str]:
+            used = [name for name in dict.fromkeys(reversed(said)) if name in agent.tools_by_name]
+            fitting = agent.catalogue.search(self._input_text(), search.show)
+            return list(dict.fromkeys([*search.always_names, *used[: search.show], *fitting]))
+
+        names = await self.execution.perform(self.branch, "tools", "function", agent.name, _NAMES, call)
+        return [name for name in names if name in agent.tools_by_name]
+
+    async def _search_tools(self, arguments: Any, path: str) -> ToolResult:
+        """Find tools for the model. What was found is on record beside the text, and shown from the next turn on."""
+        asked = json.dumps(arguments, sort_keys=True, ensure_ascii=False, default=str)
+        execution, digest = self.execution, digest_of(asked)
+        row = execution.recorded(path, "tool", digest, asked)
+        if row is not None:
+            return await recorded_result(execution, row)
+        await execution.before_live(self.branch, path, "tool", digest)
+        started, failure = execution.services.clock.now(), None
+        try:
+            query = search_tools.parameters.parse(arguments)["query"]
+            result = _found_tools(self.agent, query)
+        except ArgumentsInvalid as error:
+            result, failure = ToolResult(content=storable(preview(str(error), 2000)), is_error=True), error
+        outcome = Outcome(agent=self.agent.name)
+        await execution.record(
+            path, SEARCH_TOOL, "tool", digest, asked, started, outcome, result.model_dump_json(), failure
+        )
+        return result
+
+    def _load_tools(self, calls: Sequence[ToolCall], results: Mapping[int, ToolResult]) -> None:
+        """Show what a search has found, and what was called without having been shown: the name was right."""
+        if self.agent.tool_search is None:
+            return
+        known, shown = self.agent.tools_by_name, self._shown[self.agent]
+        fresh: dict[str, None] = {}
+        for index, call in enumerate(calls):
+            names = json.loads(results[index].value or "[]") if call.name == SEARCH_TOOL else [call.name]
+            fresh |= dict.fromkeys(name for name in names if name in known and name not in shown)
+        if fresh:
+            shown += fresh
+            self._add_specs(*(spec_of(known[name]) for name in fresh))
+
+    # --- agents as tools, handoffs, artifacts -----------------------------------------------------------------------
 
     async def _call_agent(self, called: AgentTool, arguments: Any, path: str) -> ToolResult:
         """Run another agent in the place of a tool. Its steps are on record; its answer is one more."""
@@ -524,7 +602,7 @@ class Conversation:
         self._artifacts |= found
         if found and not self._extra:
             self._extra = (self._reader(),)
-            self._refresh_specs()
+            self._add_specs(*map(spec_of, self._extra))
 
     def _reader(self) -> Tool[..., Any]:
         store, artifacts = self.execution.services.store, self._artifacts
@@ -688,6 +766,32 @@ def _with_spending(result: ToolResult, conversation: Conversation | None) -> Too
         return result
     cost = conversation.cost if conversation.priced else None
     return result.model_copy(update={"usage": conversation.usage, "cost_usd": cost})
+
+
+@tool(name=SEARCH_TOOL, effect="read")
+async def search_tools(query: str) -> str:
+    """Find tools. You have many more tools than you are shown; those that are found can be called from then on.
+
+    Args:
+        query: What the tool should do, or its name, in a few words.
+    """
+    raise NotFound(f"The catalogue belongs to an agent; {SEARCH_TOOL} is called by its model ({query!r}).")
+
+
+SEARCH_SPEC = spec_of(search_tools)
+
+
+def _found_tools(agent: Agent[Any], query: str) -> ToolResult:
+    """The answer to a search, with the names that were found as its value."""
+    assert agent.tool_search is not None
+    names = agent.catalogue.search(query, agent.tool_search.show)
+    if not names:
+        begin = ", ".join(agent.catalogue.families())
+        text = f"No tool fits {preview(query, 200)!r}. Say it in other words. Names of tools begin with: {begin}."
+        return ToolResult(content=storable(text), value="[]")
+    lines = [f"- {name}: {preview(' '.join(agent.tools_by_name[name].description.split()), 200)}" for name in names]
+    text = "You can call these now:\n" + "\n".join(lines)
+    return ToolResult(content=storable(text), value=json.dumps(names))
 
 
 def _path_name(name: str) -> str:
