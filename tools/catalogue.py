@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ridethrough.runtime.errors import ConfigError
+from ridethrough.runtime.payload import storable
 from ridethrough.tools.schema import ParameterSchema
 
 SEARCH_TOOL: Final = "search_tools"
@@ -193,7 +194,7 @@ def _ends(text: str) -> str:
 
 def _words_of(tool: Described) -> tuple[str, str, str]:
     name = " ".join(dict.fromkeys((tool.name, *split_name(tool.name))))
-    return name, tool.description, " ".join(_words_of_schema(tool.parameters.json))
+    return name, storable(tool.description), storable(" ".join(_words_of_schema(tool.parameters.json)))
 
 
 def _words_of_schema(schema: Any, depth: int = 0) -> list[str]:
