@@ -19,6 +19,7 @@ from ridethrough.runtime.options import FAILED, OK, Command, Group, Options, par
 
 if TYPE_CHECKING:
     from ridethrough.runtime.config import WireName
+    from ridethrough.runtime.doctor import Examiner
     from ridethrough.runtime.runtime import Runtime
 
 T = TypeVar("T")
@@ -325,6 +326,10 @@ def init_command(options: Options, folder: str) -> int:
     return OK
 
 
+EXAMINERS: list[Examiner] = []
+"""What ``doctor`` has looked at by other folders, which this one does not import: the command line adds them."""
+
+
 @click.command("doctor", cls=Command)
 @click.option("--offline", is_flag=True, help="Do not ask the providers.")
 @click.pass_obj
@@ -332,7 +337,7 @@ def doctor_command(options: Options, offline: bool) -> int:
     """Check everything that the configuration needs, and say how to mend it."""
     from ridethrough.runtime import doctor
 
-    findings = doctor.examine(options, offline=offline)
+    findings = doctor.examine(options, offline=offline, others=EXAMINERS)
     healthy = all(finding.status != "wrong" for finding in findings)
     if options.json:
         put({"ok": healthy, "checks": [finding.as_json() for finding in findings]})

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,13 +35,18 @@ LITTLE_SPACE = 200 * 2**20
 
 PROVIDER_SECONDS = 10.0
 
+Status = Literal["ok", "doubtful", "wrong"]
+
+Examiner = Callable[[Config], Iterable[tuple[str, Status, str, str]]]
+"""What another folder looks at; each tuple has the fields of a ``Finding``."""
+
 
 @dataclass(frozen=True)
 class Finding:
     """One check and what came of it."""
 
     name: str
-    status: Literal["ok", "doubtful", "wrong"]
+    status: Status
     detail: str
     mend: str = ""
 
@@ -55,8 +60,8 @@ class Finding:
         return {"name": self.name, "status": self.status, "detail": self.detail, "mend": self.mend or None}
 
 
-def examine(options: Options, *, offline: bool) -> list[Finding]:
-    """Check everything; ``offline`` leaves the providers alone."""
+def examine(options: Options, *, offline: bool, others: Sequence[Examiner] = ()) -> list[Finding]:
+    """Check everything; ``offline`` leaves the providers alone, ``others`` look at what this folder does not know."""
     findings = [_python()]
     try:
         config = load_config(options.config)
@@ -65,6 +70,7 @@ def examine(options: Options, *, offline: bool) -> list[Finding]:
         return findings
     findings.append(_configuration(config))
     findings += _database(options.database(config), config)
+    findings += [Finding(*fields) for look in others for fields in look(config)]
     for name, provider in config.providers.items():
         findings += _provider(config, name, provider, offline)
     return findings

@@ -641,7 +641,7 @@ class Execution:
         """Status, reason and wake-up time of a run that is being parked."""
         if paused:
             return "paused", "operator", None
-        models = sorted((wait for wait in self.blocked.values() if wait.kind == "model"), key=_by_itself)
+        models = sorted((wait for wait in self.blocked.values() if wait.kind in PAUSING), key=_by_itself)
         if models:
             return "paused", models[0].name, self._next_due()
         first = min(self.blocked.values(), key=lambda wait: (_URGENCY.get(wait.kind, 9), wait.path))
@@ -865,6 +865,9 @@ def _by_itself(wait: Blocked) -> int:
     """Of several reasons for a pause the one is told that may pass without anybody's doing."""
     return {"quota": 1, "budget": 2, "configuration": 3}.get(wait.name, 0)
 
+
+PAUSING = ("model", "sandbox")
+"""What the system waits for, and not the workflow: a run that is parked for it is paused."""
 
 SIGNALLED = ("signal", "question", "approval", "interrupted")
 FINAL_STATUSES = ("done", "failed", "cancelled")

@@ -232,7 +232,7 @@ class Runtime(Launcher):
         await self.worker.start(self._tasks, serve=self._serve)
         if self._serve:
             for name in companions.OPENERS:
-                self._tasks.start_soon(self._open_companion, name)
+                await self._open_companion(name)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

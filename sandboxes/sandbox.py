@@ -280,6 +280,14 @@ class Sandbox(ABC):
     def shell(self, *, env: Mapping[str, str] | None = None) -> AbstractAsyncContextManager[Session]:
         """A shell (bash where there is one) that keeps its folder and variables."""
 
+    @abstractmethod
+    async def forget(self, call_ids: Sequence[str]) -> None:
+        """The results of these calls have been taken and kept: they need not be kept here."""
+
+    @abstractmethod
+    async def kill(self, call_id: str) -> None:
+        """End a call and everything that it has started; nothing if it has ended, or never began."""
+
     # --- files ------------------------------------------------------------------------------------------------------
     # Paths are relative to the workspace, or absolute below it or below /tmp. Links that lead elsewhere, and what is no
     # regular file, are refused with SandboxError; a missing file raises SandboxFileNotFound.

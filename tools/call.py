@@ -54,6 +54,7 @@ from ridethrough.runtime.router.messages import Usage
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
 from ridethrough.runtime.workflow import backoff
+from ridethrough.tools.berth import CallBerth
 from ridethrough.tools.context import ToolContext
 from ridethrough.tools.faults import FAULTS, Called
 from ridethrough.tools.output import cap_output, render_output
@@ -62,6 +63,9 @@ from ridethrough.tools.tool import Tool, ToolCall
 
 ARTIFACT_LIMIT = 64 * 1024 * 1024
 """Bytes of a tool's output that are kept for reading on."""
+
+SANDBOX_GRACE = 15.0
+"""Seconds beyond its deadline in which a call in a sandbox must have ended, or what became of it is not known."""
 
 LONGEST_MESSAGE = 20_000
 """Characters of an error's message that are kept."""
@@ -223,6 +227,9 @@ class _Call:
         self.outcome = Outcome(agent=branch.agent)
         self.started = self.execution.services.clock.now()
         self.failure: str | None = None
+        self.attempt = 1
+        confined = self.tool.sandbox is not None or self.tool.confined
+        self.berth = CallBerth(branch, request, self.outcome) if confined else None
 
     async def perform(self) -> ToolResult:
         result, failure = await self._result()
@@ -240,6 +247,8 @@ class _Call:
             _RESULT.dump(result),
             failure,
         )
+        if self.berth is not None:
+            self.berth.close()
         return result
 
     async def _result(self) -> tuple[ToolResult, Exception | None]:
@@ -289,17 +298,25 @@ class _Call:
 
     async def _run(self, arguments: dict[str, Any]) -> Any:
         intent = self.execution.intents.get(self.request.path) if self.tool.effect == "write" else None
-        if intent is not None:
+        goes_on = intent is not None and await self._goes_on()
+        if intent is not None and not goes_on:
             settled = await self._interrupted(arguments, intent.attempt)
             if settled is not None:
                 return settled
         async with AsyncExitStack() as limits:
             for semaphore in self._semaphores():
                 await limits.enter_async_context(semaphore)
-            if self.tool.effect == "write":  # not before its turn has come: a crash until then is no interruption
-                await self._intend(1 if intent is None else intent.attempt + 1)
+            if self.berth is not None:
+                await self.berth.open()
+            self.attempt = 1 if intent is None else intent.attempt + (0 if goes_on else 1)
+            if self.tool.effect == "write" and not goes_on:
+                await self._intend(self.attempt)  # not before its turn has come: a crash until then interrupts nothing
             self._announce_start(arguments)
             return await self._attempts(arguments)
+
+    async def _goes_on(self) -> bool:
+        """Whether what had started goes on in a sandbox, or has ended there: running the call again then finds it."""
+        return self.berth is not None and await self.berth.survives()
 
     def _semaphores(self) -> list[anyio.Semaphore]:
         found = []
@@ -324,13 +341,13 @@ class _Call:
         self.outcome.attempts = attempt
 
     async def _attempts(self, arguments: dict[str, Any]) -> Any:
-        kwargs = dict(arguments)
-        if self.tool.parameters.context is not None:
-            kwargs[self.tool.parameters.context] = self._context()
         attempt = 1
         while True:
+            kwargs = dict(arguments)
+            if self.tool.parameters.context is not None:
+                kwargs[self.tool.parameters.context] = self._context(attempt)
             try:
-                return await self._once(kwargs)
+                return await self._once(kwargs, attempt)
             except Exception:
                 if attempt > self.tool.retries:
                     raise
@@ -339,16 +356,21 @@ class _Call:
             attempt += 1
             self.outcome.attempts += 1
 
-    async def _once(self, kwargs: dict[str, Any]) -> Any:
-        with anyio.move_on_after(self.tool.timeout), stand(Inside(self.request.path)):
+    async def _once(self, kwargs: dict[str, Any], attempt: int) -> Any:
+        # In a sandbox the deadline is its own; here is only the time that it may take to say so.
+        deadline = self.tool.timeout + (0 if self.tool.body is None else SANDBOX_GRACE)
+        with anyio.move_on_after(deadline), stand(Inside(self.request.path)):
             if FAULTS is None:
-                return await self._function(kwargs)
+                return await self._function(kwargs, attempt)
             called = Called(self.request.run_id, self.request.call_id, self.tool.name, self.tool.effect)
-            return await FAULTS.around(called, lambda: self._function(kwargs))
+            return await FAULTS.around(called, lambda: self._function(kwargs, attempt))
         doubt = " It may have taken effect all the same." if self.tool.effect == "write" else ""
         raise TimeoutError(f"{self.tool.name} did not end within {self.tool.timeout:g} s.{doubt}")
 
-    async def _function(self, kwargs: dict[str, Any]) -> Any:
+    async def _function(self, kwargs: dict[str, Any], attempt: int) -> Any:
+        if self.tool.body is not None and self.berth is not None:
+            sandbox = self.berth.sandbox(self.attempt, attempt)
+            return await self.tool.body.run(self.tool.name, sandbox, plain_arguments(kwargs), self.tool.timeout)
         if not self.tool.is_async:
             return await run_in_thread(lambda: self.tool.function(**kwargs))
         try:
@@ -360,8 +382,10 @@ class _Call:
                 raise
             raise ToolFailed(f"{self.tool.name} tried to end its task or the process ({error!r}).") from error
 
-    def _context(self) -> ToolContext[Any]:
+    def _context(self, attempt: int) -> ToolContext[Any]:
+        berth = self.berth or CallBerth(self.branch, self.request, self.outcome)
         return ToolContext(
+            sandbox=berth.sandbox(self.attempt, attempt),
             run_id=self.request.run_id,
             call_id=self.request.call_id,
             idempotency_key=self.request.key,

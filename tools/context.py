@@ -8,11 +8,14 @@ each process opens for itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from typing_extensions import TypeVar
 
 from ridethrough.runtime.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from ridethrough.sandboxes.sandbox import Sandbox
 
 Deps = TypeVar("Deps", default=Any)
 
@@ -31,7 +34,7 @@ class ToolContext(Generic[Deps]):
         deps: The plain data that was stored with the run.
     """
 
-    __slots__ = ("_on_progress", "_resources", "call_id", "deps", "idempotency_key", "run_id")
+    __slots__ = ("_on_progress", "_resources", "_sandbox", "call_id", "deps", "idempotency_key", "run_id")
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class ToolContext(Generic[Deps]):
         deps: Deps,
         resources: Mapping[str, Any] | None = None,
         on_progress: Callable[[str], None] = _ignore,
+        sandbox: Sandbox | None = None,
     ) -> None:
         """``resources`` are those of the open runtime; ``on_progress`` takes each text of ``progress()``."""
         self.run_id = run_id
@@ -50,6 +54,7 @@ class ToolContext(Generic[Deps]):
         self.deps = deps
         self._resources: Mapping[str, Any] = {} if resources is None else resources
         self._on_progress = on_progress
+        self._sandbox = sandbox
 
     def __repr__(self) -> str:
         return f"ToolContext(run_id={self.run_id!r}, call_id={self.call_id!r})"
@@ -74,13 +79,18 @@ class ToolContext(Generic[Deps]):
         self._on_progress(text)
 
     @property
-    def sandbox(self) -> Any:
-        """The run's sandbox.
+    def sandbox(self) -> Sandbox:
+        """The run's sandbox, made at its first use: of the agent's profile, or the tool's own.
+
+        What is started in it is named after this call: a call that is run again after a crash finds the results of its
+        first life there, and starts nothing twice.
 
         Raises:
-            UsageError: Always, in this release: there are no sandboxes yet.
+            UsageError: There is none, because the call is not part of a run.
         """
-        raise UsageError(
-            f"tool call {self.call_id!r} asked for ctx.sandbox, and this release has no sandboxes; do the work in the "
-            "tool's own process, or in a subprocess that the tool starts"
-        )
+        if self._sandbox is None:
+            raise UsageError(
+                f"tool call {self.call_id!r} asked for ctx.sandbox, and is not part of a run; in a test, pass "
+                "ToolContext(sandbox=...), for example one of `async with local_sandbox() as sandbox`"
+            )
+        return self._sandbox

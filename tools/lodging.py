@@ -17,7 +17,6 @@ Every worker reaps, whoever made them: see ``Lodging.reap``.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -145,7 +144,7 @@ class Lodging(Companion):
             ConfigError: there is no such profile.
         """
         profile = self.profile(wanted)
-        key = f"{profile.name}/{call}" if call else profile.name
+        key = _key(profile, call)
         berth = self._berths.setdefault((run_id, key), Berth(run_id, key))
         async with berth.lock:
             if berth.sandbox is None:
@@ -156,7 +155,7 @@ class Lodging(Companion):
         """Whether the sandbox of an interrupted call is still there, with what it knows of the call."""
         try:
             profile = self.profile(wanted)
-            key = f"{profile.name}/{call}" if call else profile.name
+            key = _key(profile, call)
             row = await self._newest(run_id, key)
             if row is None:
                 return True  # the call had not come to have one
@@ -376,16 +375,22 @@ class Lodging(Companion):
         await self._change(sandbox.id, status="paused", expires_at=self._now() + self.config.sandbox_pause_seconds)
         await sandbox.detach()
 
-    async def release_call(self, run_id: str, wanted: str | SandboxProfile, call: str) -> None:
-        """The sandbox of a single call has served."""
-        key = f"{self.profile(wanted).name}/{call}"
-        berth = self._berths.pop((run_id, key), None)
-        if berth is None:
+    async def settled(self, run_id: str, wanted: str | SandboxProfile, call: str, names: Sequence[str]) -> None:
+        """What these calls gave is on disk: the sandbox may forget it. One that served a single call is removed."""
+        berth = self._berths.get((run_id, _key(self.profile(wanted), call)))
+        if berth is None or berth.sandbox is None:
             return
-        async with berth.lock:
-            if berth.sandbox is not None:
+        try:
+            if not call:
+                await berth.sandbox.forget(names)
+                return
+            async with berth.lock:
                 sandbox, berth.sandbox = berth.sandbox, None
-                await self._discard(sandbox, "its call has ended")
+                if sandbox is not None:
+                    await self._discard(sandbox, "its call has ended")
+            self._berths.pop((run_id, berth.key), None)
+        except Error as error:
+            log.warning("sandbox of run %s: %s", run_id, error)
 
     async def _discard(self, sandbox: Sandbox, why: str) -> None:
         await sandbox.aclose()
@@ -562,9 +567,8 @@ def _profiles(lodgings: Lodgings) -> dict[str, SandboxProfile]:
     return {**BUILT_IN, **configured}
 
 
-def new_sandbox_id() -> str:
-    """Twelve random letters: short enough for a container's name, never used twice."""
-    return secrets.token_hex(6)
+def _key(profile: SandboxProfile, call: str) -> str:
+    return f"{profile.name}/{call}" if call else profile.name
 
 
 def _there(host: Host | None) -> Host:

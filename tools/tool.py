@@ -22,6 +22,7 @@ from typing import Any, Final, Generic, Literal, ParamSpec, TypeAlias, TypeVar, 
 
 from ridethrough.runtime.errors import ConfigError, UsageError
 from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.tools.body import Body
 from ridethrough.tools.schema import ParameterSchema
 
 P = ParamSpec("P")
@@ -78,6 +79,7 @@ class Tool(Generic[P, R]):
         sandbox: Profile of the sandbox that the body runs in; ``None``: it runs in this process.
         sandbox_scope: Whether such calls share the run's sandbox of that profile or get one of their own each.
         confined: Whether everything that the function does happens in the sandbox, through ``ctx.sandbox``.
+        body: The text of a function that runs in a sandbox.
     """
 
     function: Callable[P, R]
@@ -96,6 +98,7 @@ class Tool(Generic[P, R]):
     sandbox: str | SandboxProfile | None = None
     sandbox_scope: SandboxScope = "run"
     confined: bool = False
+    body: Body | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -108,6 +111,11 @@ class Tool(Generic[P, R]):
             UsageError: in a workflow, if the function is not async: nothing could record the call.
         """
         branch = _branch_of_caller()
+        if branch is None and self.sandbox is not None:
+            raise UsageError(
+                f"the body of tool {self.name} runs in a sandbox, and this call is not part of a run. To run it "
+                f"here, in a test, call {self.name}.function(...)"
+            )
         if branch is None:
             return self.function(*args, **kwargs)
         if not self.is_async:
@@ -218,6 +226,7 @@ def tool(
             sandbox=sandbox,
             sandbox_scope=sandbox_scope,
             confined=confined,
+            body=None if sandbox is None else Body.of(chosen, function),
         )
 
     return decorate(name) if callable(name) else decorate
@@ -244,13 +253,20 @@ def _check_function(name: str, function: object) -> None:
         raise ConfigError(f"tool {name!r} yields; return the whole output, and report progress with ctx.progress(text)")
 
 
-def _check_sandbox(name: str, sandbox: object | None) -> None:
-    """Refuse sandboxed tools. This is the one place to change when sandboxes arrive."""
-    if sandbox is not None:
-        raise ConfigError(
-            f"tool {name!r}: sandboxed tools arrive with the sandboxes, in a later release; leave out sandbox="
-            f"{sandbox!r} only if the body may run on this machine"
-        )
+def _check_sandbox(name: str, sandbox: object) -> None:
+    if sandbox is not None and not isinstance(sandbox, str | SandboxProfile):
+        raise ConfigError(f"tool {name!r}: sandbox is a profile's name or a SandboxProfile; got {sandbox!r}")
+
+
+def _check_confined(tool: Tool[..., Any]) -> None:
+    if tool.sandbox_scope not in get_args(SandboxScope):
+        raise _refusal(tool, f"sandbox_scope must be 'run' or 'call'; got {tool.sandbox_scope!r}")
+    if tool.sandbox_scope == "call" and tool.sandbox is None and not tool.confined:
+        raise _refusal(tool, "sandbox_scope has no effect without sandbox= or confined=True; leave it out")
+    if tool.sandbox is not None and tool.confined:
+        raise _refusal(tool, "a body that runs in a sandbox is confined anyway; leave out confined=True")
+    if tool.confined and tool.parameters.context is None:
+        raise _refusal(tool, "confined=True says that all happens through ctx.sandbox, so it needs a parameter ctx")
 
 
 def _check(tool: Tool[..., Any]) -> None:
@@ -259,6 +275,7 @@ def _check(tool: Tool[..., Any]) -> None:
     _check_numbers(tool)
     _check_approval(tool)
     _check_on_interrupt(tool)
+    _check_confined(tool)
 
 
 def _refusal(tool: Tool[..., Any], text: str) -> ConfigError:

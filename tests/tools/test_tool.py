@@ -130,7 +130,10 @@ def test_bound_methods_are_tools() -> None:
         ({"on_interrupt": needs_person}, "async def"),
         ({"on_interrupt": find_out, "effect": "read"}, "for writes"),
         ({"on_interrupt": "ask", "effect": "idempotent"}, "for writes"),
-        ({"sandbox": "python"}, "sandboxed tools arrive with"),
+        ({"sandbox": 3}, "a profile's name or a SandboxProfile"),
+        ({"sandbox_scope": "call"}, "has no effect without"),
+        ({"sandbox_scope": "turn", "sandbox": "python"}, "'run' or 'call'"),
+        ({"confined": True}, "needs a parameter ctx"),
         ({"name": "no spaces"}, "1 to 64 letters"),
         ({"name": ""}, "1 to 64 letters"),
         ({"name": "x" * 65}, "1 to 64 letters"),
@@ -191,5 +194,5 @@ def test_the_context() -> None:
     assert (ctx.resource("db"), said) == (1, ["half"])
     with pytest.raises(NotFound, match="db, mail"):
         ctx.resource("mailer")
-    with pytest.raises(UsageError, match="no sandboxes"):
+    with pytest.raises(UsageError, match="not part of a run"):
         _ = ctx.sandbox

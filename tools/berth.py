@@ -1,0 +1,111 @@
+"""A tool call and the sandbox that it runs in: waiting for one, going on in it after a crash, letting it go."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from ridethrough.runtime.errors import ConfigError, Error, SandboxUnavailable
+from ridethrough.runtime.execution import Blocked, Branch, Outcome
+from ridethrough.runtime.payload import preview
+from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.tools.call_sandbox import CallSandbox
+
+if TYPE_CHECKING:
+    from ridethrough.sandboxes.sandbox import Sandbox
+    from ridethrough.tools.call import Request
+    from ridethrough.tools.lodging import Lodging
+
+FIRST_WAIT: Final = 2.0
+LONGEST_WAIT: Final = 60.0
+"""Seconds between two tries to start a sandbox where none can be started."""
+
+
+class CallBerth:
+    """The place of one call in a sandbox of its run."""
+
+    def __init__(self, branch: Branch, request: Request, outcome: Outcome) -> None:
+        """Nothing is started yet."""
+        tool = request.tool
+        self.execution = branch.execution
+        self.wanted = _wanted(tool.sandbox or branch.sandbox)
+        self.call = request.call_id if tool.sandbox_scope == "call" else ""
+        self.request = request
+        self.outcome = outcome
+        self._used: list[CallSandbox] = []
+
+    async def _lodging(self) -> Lodging:
+        found: Lodging = await self.execution.services.companion("sandboxes")
+        return found
+
+    async def open(self) -> None:
+        """Have the sandbox, however long it has to be waited for: an engine that is down is no answer of the tool.
+
+        Raises:
+            SandboxGone: the run had one and it is lost.
+        """
+        path, waited = f"{self.request.path}/sandbox#1", 0
+        while True:
+            try:
+                await (await self._lodging()).sandbox(self.execution.run_id, self.wanted, self.call)
+                break
+            except (SandboxUnavailable, ConfigError) as error:
+                await self._wait(path, error, waited)
+                waited += 1
+        if path in self.execution.waits or waited:
+            self.outcome.also = self.execution.closing(path)
+
+    async def _wait(self, path: str, error: Error, waited: int) -> None:
+        """Block the branch; the run is parked where nothing else goes on, and taken up again when it is due."""
+        execution, now = self.execution, self.execution.services.clock.now()
+        known, mends_itself = execution.waits.get(path), isinstance(error, SandboxUnavailable)
+        since = now if known is None else known.since
+        due = now + min(LONGEST_WAIT, max(FIRST_WAIT * 2**waited, (now - since) / 2)) if mends_itself else None
+        name, text = "sandbox" if mends_itself else "configuration", preview(error.message, 500)
+        if known is None and not waited:
+            await execution.open_wait(path, "sandbox", name, due, question=text)
+        else:
+            store, run_id = execution.services.store, execution.run_id
+            changes = {"name": name, "due_at": due, "question": text}
+            await execution.do(lambda connection: store.update_wait(connection, run_id, path, **changes))
+        await execution.block(Blocked(path, "sandbox", name, due))
+
+    async def survives(self) -> bool:
+        """After a crash: whether the sandbox is still there, with what it knows of this call."""
+        while True:
+            try:
+                return await (await self._lodging()).survives(self.execution.run_id, self.wanted, self.call)
+            except (SandboxUnavailable, ConfigError) as error:
+                await self._wait(f"{self.request.path}/sandbox#1", error, 0)
+
+    def sandbox(self, life: int, attempt: int) -> CallSandbox:
+        """The sandbox as this attempt sees it: what a person lets start again gets new names, and so does a retry."""
+        again, retry = "" if life == 1 else f"-again{life}", "" if attempt == 1 else f"-{attempt}"
+        lodging = self._find()
+        profile = self.wanted if isinstance(self.wanted, SandboxProfile) else SandboxProfile(name=self.wanted)
+        made = CallSandbox(profile, lodging, f"{self.request.call_id}{again}{retry}", self._stays)
+        self._used.append(made)
+        return made
+
+    def _find(self) -> Callable[[], Awaitable[Sandbox]]:
+        async def find() -> Sandbox:
+            return await (await self._lodging()).sandbox(self.execution.run_id, self.wanted, self.call)
+
+        return find
+
+    def _stays(self) -> bool:
+        """Whether a call that is cut off here is to go on there: another worker will ask for it."""
+        return self.execution.ending in ("release", "lost", "broken")
+
+    def close(self) -> None:
+        """The result is on disk: the sandbox need not keep it any longer."""
+        self.execution.services.spawn(self._close)
+
+    async def _close(self) -> None:
+        names: list[Any] = [name for used in self._used for name in used.started]
+        if self.call or names:
+            await (await self._lodging()).settled(self.execution.run_id, self.wanted, self.call, names)
+
+
+def _wanted(named: object) -> str | SandboxProfile:
+    return named if isinstance(named, str | SandboxProfile) else "python"
