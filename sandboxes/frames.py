@@ -15,7 +15,7 @@ regular file), ``disk`` (no space), ``spawn`` (the command cannot be started), `
 
 The supervisor speaks first, once a connection is there: ``{"hello": 1, "protocol": PROTOCOL, "supervisor": DIGEST,
 "boot": RANDOM}``. One host is attached at a time; a new one takes the place of the old with its first request, and the
-old hears ``{"replaced": true}`` before its connection ends. (Nothing else comes without ``n`` or ``s``.)
+old one's connection ends.
 
     op                  request fields                                      reply
     attach              linger (s nobody may be attached before it ends)    clean (nothing runs, workspace and /tmp are
@@ -32,9 +32,9 @@ old hears ``{"replaced": true}`` before its connection ends. (Nothing else comes
                                                                             then stderr); where they do not fit, events
                                                                             {"event": "output", stream, offset} with
                                                                             bodies come before it, and both are 0
-    follow              id                                                  events output, from the start (what is
-                                                                            kept), then as it comes; at its end exit
-                                                                            fields
+    follow              id; the host sends {"n", "took": bytes} for what    events output, from the start (what is
+                        it has read: never more than WINDOW is not yet      kept), then as it comes; at its end exit
+                        acknowledged                                        fields
     run                 as start; the same as start and collect in one      as collect, and known
     stdin               id, body, end: bool                                 written (when the command's pipe has it)
     signal              id, signal                                          -
@@ -49,8 +49,7 @@ old hears ``{"replaced": true}`` before its connection ends. (Nothing else comes
     list                path, recursive, after, limit                       more; body: JSON [entry, ...], fewer than
                                                                             limit where they would not fit
     remove, mkdir       path                                                -
-    watch               path                                                events {"event": "watching"} once it looks,
-                                                                            then {"event": "change", kind, path}; no
+    watch               path                                                events {"event": "change", kind, path}; no
                                                                             reply before unwatch
     unwatch             of (the n of the watch)                             -
     sweep               keep: [ids]                                         killed (count): ends everything that belongs
