@@ -57,6 +57,13 @@ def _report(options: Options, run_id: str, text: str) -> None:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
+allow_local_option = click.option(
+    "--allow-local",
+    is_flag=True,
+    help="Where there is no Docker, run what a model wrote on this machine: no boundary.",
+)
+
+
 @click.command("run", cls=Command)
 @click.argument("target", metavar="MODULE:WORKFLOW")
 @click.option(
@@ -68,6 +75,7 @@ def _report(options: Options, run_id: str, text: str) -> None:
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="To find the run by; may be repeated.")
 @click.option("--detach", is_flag=True, help="Only put it into the database; a worker or `resume` executes it.")
 @click.option("--no-wait", is_flag=True, help="End with status 3 as soon as the run is parked.")
+@allow_local_option
 @click.pass_obj
 def run_command(
     options: Options,
@@ -79,6 +87,7 @@ def run_command(
     labels: Sequence[str],
     detach: bool,
     no_wait: bool,
+    allow_local: bool,
 ) -> int:
     """Start a workflow (or an agent) and follow it to its end.
 
@@ -96,7 +105,7 @@ def run_command(
         go_on = options.command("resume", start.id)
         _report(options, start.id, f"{start.id} is queued. Execute it here: {go_on}")
         return OK
-    return foreground(options, start, wait=not no_wait)
+    return foreground(options, start, wait=not no_wait, allow_local=allow_local)
 
 
 def _labels(pairs: Sequence[str]) -> dict[str, str] | None:
@@ -113,8 +122,9 @@ def _labels(pairs: Sequence[str]) -> dict[str, str] | None:
 @click.argument("run_ids", nargs=-1, metavar="[RUN_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every unfinished run that nobody executes.")
 @click.option("--no-wait", is_flag=True, help="End with status 3 as soon as all runs are parked.")
+@allow_local_option
 @click.pass_obj
-def resume_command(options: Options, run_ids: Sequence[str], everything: bool, no_wait: bool) -> int:
+def resume_command(options: Options, run_ids: Sequence[str], everything: bool, no_wait: bool, allow_local: bool) -> int:
     """Take up runs that crashed, are paused or queued, and follow them to their end.
 
     Without an id it takes up the one unfinished run, if there is just one. The result goes to standard output, those
@@ -128,7 +138,8 @@ def resume_command(options: Options, run_ids: Sequence[str], everything: bool, n
     if not ids:
         say("Nothing to resume: every run has ended, or is being executed by a live process.")
         return OK
-    return foreground(options, TakeUp(ids, several=everything or len(ids) > 1), wait=not no_wait)
+    plan = TakeUp(ids, several=everything or len(ids) > 1)
+    return foreground(options, plan, wait=not no_wait, allow_local=allow_local)
 
 
 def _unfinished(options: Options, everything: bool) -> list[str]:

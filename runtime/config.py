@@ -253,6 +253,8 @@ class Config(_Table):
     """How long the sandbox of an unfinished run is kept for the worker that takes the run up."""
     sandbox_pause_seconds: float = Field(default=60.0, gt=0)
     """How long the sandbox of a parked run is kept frozen before its workspace is archived and it is removed."""
+    allow_local: bool = False
+    """Whether what a model wrote may run on this machine without a boundary."""
     default_price: Price | None = None
     """What a model costs whose price is not known; without it a call that a budget covers is refused."""
     embeddings: str | None = None

@@ -143,6 +143,10 @@ def describe_wait(wait: WaitView, *, since: bool = False) -> str:
             what = {"configuration": "a mended configuration", "quota": "credit", "budget": "money"}.get(wait.name)
             begun = f", since {when(wait.since)}" if since else ""
             return f"{what or f'the models ({wait.name}){until}'}{begun}{why}"
+        case "sandbox":
+            why = f": {shortened(wait.question, 240)}" if wait.question else ""
+            what = "a mended configuration" if wait.name == "configuration" else f"a sandbox{until}"
+            return f"{what}{why}"
         case _:
             return f"{wait.kind} {wait.name}{until}"
 

@@ -161,7 +161,7 @@ class Runtime(Launcher):
         *,
         config: str | Path | Config | None = None,
         sandboxes: Mapping[str, Any] | None = None,
-        allow_local: bool = False,
+        allow_local: bool | None = None,
         resources: Mapping[str, Any] | None = None,
         concurrency: int = 100,
         clock: Clock | None = None,
@@ -176,7 +176,7 @@ class Runtime(Launcher):
             config: A ``ridethrough.toml`` (found in the working directory when left out) or a loaded one.
             sandboxes: Profiles by name (``SandboxProfile``), in place of the configuration's of the same names.
             allow_local: Whether code that a model wrote may run on this machine without a boundary: in profiles of
-                kind ``local``, and where no Docker engine answers.
+                kind ``local``, and where no Docker engine answers; as the configuration says when left out.
             resources: Live clients by name, for ``ToolContext.resource``; never stored.
             concurrency: How many runs may be in memory at once; the others are queued.
             clock: Another time than the machine's, for tests.
@@ -193,7 +193,9 @@ class Runtime(Launcher):
             loaded,
             database or loaded.database or DEFAULT_DATABASE,
             resources=resources or {},
-            lodgings=Lodgings(loaded, dict(sandboxes or {}), allow_local),
+            lodgings=Lodgings(
+                loaded, dict(sandboxes or {}), loaded.allow_local if allow_local is None else allow_local
+            ),
             concurrency=concurrency,
             clock=clock or SystemClock(),
             serve=serve,

@@ -362,8 +362,8 @@ def _outlook_of(run_id: str, wait: WaitView | None, row: Any = None) -> Outlook:
     if wait is None:
         reason, until, goes_on = row.pause_reason or "", _time(row.wake_at), row.awaits is not None
     else:
-        models = wait.kind == "model"
-        reason, until, goes_on = wait.name if models else wait.kind, wait.until, models
+        pausing = wait.kind in ("model", "sandbox")
+        reason, until, goes_on = wait.name if pausing else wait.kind, wait.until, pausing
     moves = (goes_on or until is not None) and reason not in BY_HAND
     blockers = [] if wait is None else [Blocker(run_id=run_id, wait=wait)]
     return Outlook(state="timed" if moves else "stuck", reason=reason, until=until, blockers=blockers)
