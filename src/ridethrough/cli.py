@@ -19,11 +19,12 @@ from ridethrough import __version__
 from ridethrough.agents import cli as agents_part
 from ridethrough.runtime import cli as runtime_part
 from ridethrough.runtime.options import FAILED, INTERRUPTED, OK, PARKED, USAGE, Group
+from ridethrough.sandboxes import cli as sandboxes_part
 
 BROKEN_PIPE = 141
 """What a shell shows for a program that SIGPIPE ended; whoever closed the pipe did not want to read on."""
 
-PARTS = (runtime_part, agents_part)
+PARTS = (runtime_part, agents_part, sandboxes_part)
 """Each part has a tuple ``COMMANDS``; a command that needs a part's code imports it when it runs."""
 
 HELP = """A runtime for agents whose work must survive.
@@ -45,6 +46,8 @@ def cli() -> None:
 for part in PARTS:
     for command in part.COMMANDS:
         cli.add_command(command)
+
+runtime_part.EXAMINERS += sandboxes_part.EXAMINERS
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
