@@ -181,6 +181,14 @@ class EngineStream(ByteStream):
             return first
         return await self._connection.receive(_PIECE)
 
+    async def terminal(self) -> bytes:
+        """The next output of a process on a terminal, whose stream is not multiplexed.
+
+        Raises:
+            anyio.EndOfStream, anyio.BrokenResourceError: as for ``frame``.
+        """
+        return await self._more()
+
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """Standard output, as it comes."""
         while not self._rest:
