@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, JsonSchemaWarningKind
-from pydantic_core import core_schema
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from ridethrough.runtime.errors import ConfigError, Error, InvalidOutput
 from ridethrough.tools.context import ToolContext
@@ -97,7 +97,7 @@ class ParameterSchema:
     context: str | None
     returns: Any
     _checker: _Checker = field(repr=False)
-    _names: Mapping[str, str] = field(repr=False)
+    _names: Mapping[str, str] | None = field(repr=False)
     _defaulted: frozenset[str] = field(repr=False)
 
     @classmethod
@@ -109,6 +109,21 @@ class ParameterSchema:
         """
         return _Reader(function).read()
 
+    @classmethod
+    def foreign(
+        cls, schema: Mapping[str, Any], *, name: str, description: str = "", context: str | None = None
+    ) -> ParameterSchema:
+        """Take a JSON Schema that somebody else wrote (an MCP server, an OpenAPI document); arguments stay JSON data.
+
+        Nothing is fetched, and no text that a model makes up meets a pattern that takes for ever.
+
+        Raises:
+            ConfigError: It is no JSON Schema of an object, or refers to something outside of itself.
+        """
+        parameters = _foreign_object(schema, name)
+        checker = _ForeignChecker(parameters, TypeAdapter(Any))
+        return cls(parameters, description, context, Any, checker, None, frozenset())
+
     def parse(self, arguments: Mapping[str, Any] | str) -> dict[str, Any]:
         """Return the keyword arguments for the function: typed values, without those that were left to its defaults.
 
@@ -119,9 +134,11 @@ class ParameterSchema:
         """
         try:
             given = _read_object(arguments) if isinstance(arguments, str) else dict(arguments)
-            values: BaseModel = self._checker.check(given)
+            values: Any = self._checker.check(given)
         except _Mismatch as mismatch:
             raise ArgumentsInvalid(mismatch.errors) from None
+        if self._names is None:
+            return typing.cast(dict[str, Any], values)
         passed = values.model_fields_set
         return {
             name: getattr(values, key)
@@ -414,7 +431,8 @@ def _tidied(schema: Schema) -> Schema:
 
 def _resolved(schema: Schema, definitions: Schema) -> Schema:
     reference = schema.get("$ref")
-    return dict(definitions[reference.rsplit("/", 1)[-1]]) if reference else schema
+    found = definitions.get(str(reference).rsplit("/", 1)[-1]) if reference else schema
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def output_adapter(annotation: Any) -> TypeAdapter[Any]:
@@ -498,6 +516,135 @@ def _encoded(value: Any) -> bytes:
 
 
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+# --- schemas of others ----------------------------------------------------------------------------------------------
+
+MAX_SCHEMA: Final = 256 * 1024
+"""Bytes of a schema that somebody else wrote: what is larger no model could be shown."""
+
+
+def _foreign_object(schema: Mapping[str, Any], name: str) -> Schema:
+    """The schema as a model is shown it.
+
+    Raises:
+        ConfigError: It cannot be used; names the tool and the place.
+    """
+    try:
+        copied = json.loads(json.dumps({"type": "object", **schema}, allow_nan=False))
+        _check_foreign(copied)
+    except RecursionError:
+        raise ConfigError(f"tool {name!r}: its schema is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"tool {name!r}: its schema cannot be used: {error}") from None
+    return {"properties": {}, **copied}
+
+
+def _check_foreign(schema: Schema) -> None:
+    """Refuse what would only show in the middle of a call.
+
+    Raises:
+        ValueError: With the place.
+    """
+    from jsonschema import SchemaError
+
+    if schema["type"] != "object":
+        raise ValueError(f"it describes {_shown(schema['type'])}, and arguments are an object")
+    if (size := len(json.dumps(schema))) > MAX_SCHEMA:
+        raise ValueError(f"it has {size} bytes, and {MAX_SCHEMA} are the limit")
+    try:
+        _foreign_class(schema).check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"{_written(list(error.absolute_path))}: {_cut(error.message)}") from None
+    _check_references(schema)
+
+
+def _check_references(schema: Schema) -> None:
+    from referencing import Registry, exceptions
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    found = specification_with(str(schema.get("$schema", "")), default=DRAFT202012).create_resource(schema)
+    resolver = Registry().with_resource(found.id() or "", found).resolver(found.id() or "")
+    for place, reference in _references(schema, "$"):
+        try:
+            resolver.lookup(reference)
+        except (exceptions.Unresolvable, ValueError):
+            raise ValueError(f"{place}: {_shown(reference)} is not in the schema, and nothing is fetched") from None
+
+
+def _references(part: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(part, dict):
+        for key, value in part.items():
+            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
+                yield f"{place}{_segment(key)}", value
+            elif key not in ("const", "enum", "default", "examples"):
+                yield from _references(value, f"{place}{_segment(str(key))}")
+    elif isinstance(part, list):
+        for index, value in enumerate(part):
+            yield from _references(value, f"{place}[{index}]")
+
+
+class _ForeignChecker(_Checker):
+    """Checks against the schema alone: there is no type behind it, so the arguments stay as they are."""
+
+    @functools.cached_property
+    def _validator(self) -> Validator:
+        from referencing import Registry
+
+        extended: Any = _without_dangers(_foreign_class(self.schema))
+        made: Validator = extended(self.schema, registry=Registry())
+        return made
+
+    def _converted(self, instance: Any) -> Any:
+        _encoded(instance)
+        return instance
+
+
+def _foreign_class(schema: Schema) -> type[Validator]:
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import validator_for
+
+    return validator_for(schema, default=Draft202012Validator)
+
+
+@functools.cache
+def _without_dangers(validator: type[Validator]) -> Any:
+    """The draft's validator with patterns in linear time; what its own engine would have to match is left to the
+    tool itself."""
+    from jsonschema import validators
+
+    def match(checker: Any, pattern: str, instance: Any, _: Schema) -> Iterator[Complaint]:
+        from jsonschema import ValidationError as Complaint
+
+        if checker.is_type(instance, "string") and not _fits(pattern, instance):
+            yield Complaint(f"must match the pattern {_cut(pattern)}")
+
+    def unknown(checker: Any, allowed: Any, instance: Any, schema: Schema) -> Iterator[Complaint]:
+        if "patternProperties" not in schema:
+            yield from ordinary(checker, allowed, instance, schema)
+
+    def leave_to_the_tool(*_: Any) -> None:
+        return None
+
+    ordinary: Any = validator.VALIDATORS["additionalProperties"]
+    extend: Any = validators.extend
+    return extend(
+        validator, {"pattern": match, "patternProperties": leave_to_the_tool, "additionalProperties": unknown}
+    )
+
+
+def _fits(pattern: str, text: str) -> bool:
+    """Whether ``text`` matches; a pattern that pydantic's engine does not know is left to the tool itself."""
+    try:
+        validator = _pattern(pattern)
+    except SchemaError:
+        return True
+    return validator.isinstance_python(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(pattern: str) -> SchemaValidator:
+    return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex", strict=True))
 
 
 # --- reading JSON ---------------------------------------------------------------------------------------------------
@@ -606,7 +753,8 @@ def _missing_lines(complaint: Complaint, where: str, definitions: Schema) -> Ite
     required: Any = complaint.validator_value
     for name in required:
         if name not in given:
-            known: Schema = properties.get(name, {})
+            found = properties.get(name)
+            known: Schema = found if isinstance(found, dict) else {}
             about = f": {_cut(known['description'])}" if known.get("description") else ""
             yield f"{where}: {_quoted(name)} is missing; it must be {_kind(known, definitions)}{about}"
 

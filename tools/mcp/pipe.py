@@ -1,0 +1,335 @@
+"""stdio: a server that is a process, of this machine or inside a sandbox.
+
+The SDK has a transport for this machine. It is not used because it bounds nothing (a line of any length is gathered,
+and each that is no JSON is logged with its traceback), keeps no standard error, and knows no sandbox. What is spoken
+over the pipe is the SDK's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+from anyio.streams.memory import MemoryObjectSendStream
+
+from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxTimeout, ToolFailed
+
+if TYPE_CHECKING:
+    from mcp.shared.message import SessionMessage
+
+    from ridethrough.sandboxes.sandbox import Process, Sandbox
+
+MAX_MESSAGE: Final = 8 * 1024 * 1024
+"""Bytes of one message; a server that sends a longer one is ended."""
+
+MAX_RUBBISH: Final = 100
+"""Lines on standard output that are no messages, after which a server is ended: some greet before they serve."""
+
+STDERR_KEPT: Final = 4096
+"""Bytes of standard error that are kept, the last ones, to be told when the server ends."""
+
+BURST: Final = 10_000
+"""Messages that a server may send at once; after that, ``BURST`` a second: reading no faster slows it down."""
+
+GRACE_SECONDS: Final = 2.0
+"""What a server gets to end by itself once its input has ended, and again after SIGTERM."""
+
+PROCESS_SECONDS: Final = 24 * 3600.0
+"""The longest that a server in a sandbox lives; the next call starts another."""
+
+_INHERITED: Final = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER")
+
+
+class Pipe(ABC):
+    """A process that is spoken to over its standard input and output."""
+
+    def __init__(self) -> None:
+        self._said: deque[bytes] = deque()
+        self._kept = 0
+
+    def keep(self, data: bytes) -> None:
+        """Keep the end of what it says on standard error."""
+        self._said.append(data[-STDERR_KEPT:])
+        self._kept += len(self._said[-1])
+        while self._kept - len(self._said[0]) >= STDERR_KEPT:
+            self._kept -= len(self._said.popleft())
+
+    @property
+    def tail(self) -> str:
+        """The last that it said on standard error."""
+        return b"".join(self._said)[-STDERR_KEPT:].decode("utf-8", "replace").strip()
+
+    @abstractmethod
+    def output(self) -> AsyncGenerator[bytes]:
+        """What it writes on standard output, until it ends."""
+
+    @abstractmethod
+    async def watch(self) -> None:
+        """Keep what it says on standard error, if that is not done by ``output``."""
+
+    @abstractmethod
+    async def write(self, data: bytes) -> None:
+        """Write to its standard input.
+
+        Raises:
+            OSError, SandboxError, anyio.BrokenResourceError, anyio.ClosedResourceError: it does not read any more.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> str:
+        """End it, politely first; how it ended, in words."""
+
+
+# --- a process of this machine --------------------------------------------------------------------------------------
+
+
+class LocalPipe(Pipe):
+    """A child process, in a group of its own that is ended with it."""
+
+    def __init__(self, process: anyio.abc.Process) -> None:
+        super().__init__()
+        self._process = process
+
+    @classmethod
+    async def open(cls, command: Sequence[str], env: Mapping[str, str], cwd: str | None) -> LocalPipe:
+        """Start it, with its own environment and the few variables that every program needs.
+
+        Raises:
+            ToolFailed: it cannot be started.
+        """
+        inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        try:
+            process = await anyio.open_process(list(command), env={**inherited, **env}, cwd=cwd, start_new_session=True)
+        except (OSError, ValueError) as error:
+            raise ToolFailed(f"{command[0]!r} cannot be started: {error}") from None
+        return cls(process)
+
+    async def output(self) -> AsyncGenerator[bytes]:
+        assert self._process.stdout is not None
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
+            async for chunk in self._process.stdout:
+                yield chunk
+
+    async def watch(self) -> None:
+        assert self._process.stderr is not None
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
+            async for chunk in self._process.stderr:
+                self.keep(chunk)
+
+    async def write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        await self._process.stdin.send(data)
+
+    async def aclose(self) -> str:
+        process = self._process
+        assert process.stdin is not None
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
+            await process.stdin.aclose()
+        by_itself = await self._ends()
+        if not by_itself:
+            self._signal(signal.SIGTERM)
+            await self._ends()
+        self._signal(signal.SIGKILL)  # those of its group that stayed behind, too
+        await process.aclose()
+        return _ending(process.returncode) if by_itself else "it was ended"
+
+    async def _ends(self) -> bool:
+        """Whether the process ends in time. ``wait`` alone would also wait for those who hold its output open."""
+        with anyio.move_on_after(GRACE_SECONDS):
+            while self._process.returncode is None:
+                with anyio.move_on_after(0.02):
+                    await self._process.wait()
+        return self._process.returncode is not None
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+
+def _ending(status: int | None) -> str:
+    if status is not None and status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"
+
+
+# --- a process in a sandbox -----------------------------------------------------------------------------------------
+
+
+class SandboxPipe(Pipe):
+    """A process inside a sandbox, over the sandbox's own channel."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self._process = process
+        self._ended = ""
+
+    @classmethod
+    async def open(cls, sandbox: Sandbox, command: Sequence[str], env: Mapping[str, str], cwd: str | None) -> Pipe:
+        """Start it there.
+
+        Raises:
+            ToolFailed: it cannot be started.
+        """
+        try:
+            process = await sandbox.start(command, timeout=PROCESS_SECONDS, stdin=True, env=env, cwd=cwd)
+        except SandboxError as error:
+            raise ToolFailed(f"{command[0]!r} cannot be started in the sandbox: {error}") from error
+        return cls(process)
+
+    async def output(self) -> AsyncGenerator[bytes]:
+        try:
+            async for piece in self._process.output():
+                if piece.stream == "stdout":
+                    yield piece.data
+                elif piece.stream == "stderr":
+                    self.keep(piece.data)
+        except SandboxError as error:
+            self._ended = str(error)
+
+    async def watch(self) -> None:
+        """Both streams come by one way."""
+
+    async def write(self, data: bytes) -> None:
+        await self._process.write(data)
+
+    async def aclose(self) -> str:
+        with anyio.move_on_after(GRACE_SECONDS), suppress(SandboxError):
+            await self._process.close_stdin()
+            return _result(await self._process.wait())
+        with anyio.move_on_after(2 * GRACE_SECONDS), suppress(SandboxGone, SandboxTimeout, SandboxError):
+            await self._process.kill()
+        return self._ended or "it was ended"
+
+
+def _result(result: Any) -> str:
+    limit = f" (the limit of {result.limit} was reached)" if result.limit else ""
+    return f"its process ended with status {result.exit_code}{limit}"
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Life:
+    """What is known of a server's process: filled in while it lives, told when it has ended."""
+
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    complaint: str = ""
+    ending: str = ""
+    tail: str = ""
+
+    def told(self, reason: str = "") -> str:
+        """What became of it, for an error's message; ``reason`` is what others know."""
+        ended = self.ending if self.ended.is_set() else ""
+        said = f"; the last that it said on standard error:\n{self.tail}" if self.tail else ""
+        return f"{self.complaint or ended or reason or 'its connection was closed'}{said}"
+
+
+class _Breach(Exception):
+    """The server does not keep to the protocol, or to the bounds."""
+
+
+@asynccontextmanager
+async def spoken(pipe: Pipe, life: Life) -> AsyncGenerator[Any]:
+    """The pipe as a transport of the SDK; at the end the process is ended, in bounded time."""
+    from mcp.shared.message import SessionMessage
+
+    told, incoming = anyio.create_memory_object_stream["SessionMessage | Exception"](0)
+    outgoing, asked = anyio.create_memory_object_stream[SessionMessage](0)
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(pipe.watch)
+            group.start_soon(_read, pipe, life, told)
+            group.start_soon(_write, pipe, asked)
+            try:
+                yield incoming, outgoing
+            finally:
+                incoming.close()
+                outgoing.close()
+                with anyio.CancelScope(shield=True):
+                    life.ending = await pipe.aclose()
+                group.cancel_scope.cancel()
+    finally:
+        for stream in (told, incoming, outgoing, asked):
+            stream.close()
+        life.tail = pipe.tail
+
+
+async def _read(pipe: Pipe, life: Life, told: MemoryObjectSendStream[SessionMessage | Exception]) -> None:
+    """Hand messages on until the process ends, or breaks the rules; whatever it writes then is thrown away."""
+    async with aclosing(pipe.output()) as output:
+        try:
+            async with told:
+                async for line in _lines(output):
+                    await told.send(line)
+        except _Breach as breach:
+            life.complaint = str(breach)
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            pass  # the session has ended
+        life.ended.set()
+        async for _ in output:
+            pass
+
+
+async def _lines(output: AsyncIterator[bytes]) -> AsyncIterator[SessionMessage]:
+    """The messages among the lines.
+
+    Raises:
+        _Breach: a line is too long, or too many are no messages.
+    """
+    pace, rubbish, parts, size = _Pace(), 0, list[bytes](), 0
+    async for chunk in output:
+        *complete, rest = chunk.split(b"\n")
+        for end in complete:
+            message = _message(b"".join((*parts, end)))
+            parts, size = [], 0
+            rubbish += message is None
+            if rubbish > MAX_RUBBISH:
+                raise _Breach("it writes what is no JSON-RPC message on standard output, where only messages belong")
+            if message is not None:
+                await pace.next()
+                yield message
+        parts.append(rest)
+        size += len(rest)
+        if size > MAX_MESSAGE:
+            raise _Breach(f"it sent a message of more than {MAX_MESSAGE >> 20} MiB, which is the limit")
+
+
+def _message(line: bytes) -> SessionMessage | None:
+    from mcp.shared.message import SessionMessage
+    from mcp_types import jsonrpc_message_adapter
+
+    if len(line) > MAX_MESSAGE:
+        raise _Breach(f"it sent a message of more than {MAX_MESSAGE >> 20} MiB, which is the limit")
+    try:
+        return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+    except ValueError:
+        return None
+
+
+class _Pace:
+    """Lets ``BURST`` messages pass at once and as many a second, so that a flood costs a bounded part of the loop."""
+
+    def __init__(self) -> None:
+        self._left, self._since = BURST, anyio.current_time()
+
+    async def next(self) -> None:
+        """Wait until the next message may pass."""
+        if self._left == 0:
+            await anyio.sleep_until(self._since + 1.0)
+            self._left, self._since = BURST, anyio.current_time()
+        self._left -= 1
+
+
+async def _write(pipe: Pipe, asked: Any) -> None:
+    with suppress(OSError, SandboxError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+        async for message in asked:
+            text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+            await pipe.write(text.encode() + b"\n")

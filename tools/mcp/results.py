@@ -1,0 +1,54 @@
+"""What a server answered, as a tool's output."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ridethrough.runtime.errors import ToolFailed
+
+if TYPE_CHECKING:
+    from mcp_types import CallToolResult, ContentBlock
+
+
+def output_of(tool: str, result: CallToolResult) -> Any:
+    """The output for the model: text, or the structured value where no text says the same.
+
+    Raises:
+        ToolFailed: the tool says that it failed, with its text.
+    """
+    parts = [text for block in result.content if (text := _text_of(block))]
+    text = "\n".join(parts)
+    if result.is_error:
+        raise ToolFailed(text or f"{tool} failed, and the server does not say why")
+    value = result.structured_content
+    if value is None or _says(text, value):
+        return text
+    return f"{text}\n{json.dumps(value, ensure_ascii=False)}" if text else value
+
+
+def _says(text: str, value: Any) -> bool:
+    """Whether the text has the value already: as JSON, or as the one string in ``{"result": ...}``."""
+    if isinstance(value, dict) and list(value.values()) == [text]:
+        return True
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return found == value or (isinstance(value, dict) and list(value.values()) == [found])
+
+
+def _text_of(block: ContentBlock) -> str:
+    match block.type:
+        case "text":
+            return block.text
+        case "image" | "audio":
+            return f"[{block.type} {block.mime_type}, {len(block.data) * 3 // 4} bytes, not shown]"
+        case "resource_link":
+            about = ", ".join(filter(None, (block.mime_type, block.description)))
+            return f"[resource {block.name}: {block.uri}{f' ({about})' if about else ''}]"
+        case "resource":
+            found = block.resource
+            kept = getattr(found, "text", None)
+            size = len(getattr(found, "blob", "")) * 3 // 4
+            return kept if kept is not None else f"[resource {found.uri}, {found.mime_type}, {size} bytes, not shown]"
