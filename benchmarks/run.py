@@ -81,6 +81,7 @@ ROUTERS = (
     System("litellm", "litellm_router.py"),
     System("pydantic-ai", "pydantic_ai_router.py"),
 )
+OURS_BOX, DOCKER = System("ridethrough", "ours_sandbox.py"), System("docker-py", "docker_py_sandbox.py")
 IMPORTS = (
     "ridethrough",
     "ridethrough, Runtime and Agent",
@@ -194,6 +195,43 @@ CASES = (
             given("cpu_ms_woken_and_done", "CPU ms, woken and done"),
             given("cpu_ms_fresh", "CPU ms of a fresh run"),
             given("cpu_ms_to_wake", "CPU ms to wake"),
+        ),
+    ),
+    Case(
+        "sandbox_calls",
+        "Calls in a warm container of one image: `true`, `python3 -c 1`, and 50 of the latter at once",
+        (OURS_BOX, DOCKER, System("llm-sandbox", "llm_sandbox_calls.py"), System("swe-rex", "swe_rex_calls.py")),
+        (
+            given("true_ms", "true, p50 ms"),
+            given("true_p99_ms", "p99 ms"),
+            given("python_ms", "python -c, p50 ms", ".1f"),
+            given("over_itself", "over the interpreter's own start"),
+            given("parallel_rate", "python -c/s, 50 at once", ".0f"),
+            Column("CPU ms/call", lambda row: row["cpu_s"] / row["n"] * 1000, ".2f"),
+        ),
+        given("true_ms", ""),
+    ),
+    Case(
+        "sandbox_starts",
+        "A container that takes calls: new, and from the warm ones (docker-py: create and start only)",
+        (OURS_BOX, DOCKER),
+        (given("cold_ms", "new, ms", ".0f"), given("warm_ms", "warm, ms")),
+        given("cold_ms", ""),
+    ),
+    Case(
+        "sandbox_files",
+        "A file of 10 MB in and out",
+        (OURS_BOX, DOCKER),
+        (given("write_mb_s", "in, MB/s", ".0f"), given("read_mb_s", "out, MB/s", ".0f")),
+    ),
+    Case(
+        "sandbox_screen",
+        "A screenshot of a browser in a desktop sandbox, 1280 by 800, as JPEG",
+        (OURS_BOX,),
+        (
+            given("shot_ms", "p50 ms", ".0f"),
+            given("shot_p99_ms", "p99 ms", ".0f"),
+            given("kilobytes", "KB", ".0f"),
         ),
     ),
     Case("imports", "A fresh interpreter", tuple(System(n, "imports.py", n) for n in IMPORTS), (CPU_MS,)),
