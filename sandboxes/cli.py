@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,9 @@ from ridethrough.runtime.options import FAILED, OK, Group, Options, put, say
 
 if TYPE_CHECKING:
     from ridethrough.runtime.config import Config
+    from ridethrough.runtime.store import Store
     from ridethrough.sandboxes.docker import DockerHost
+    from ridethrough.sandboxes.engine import Engine
     from ridethrough.sandboxes.ownership import Lodger
 
 T = TypeVar("T")
@@ -172,7 +174,7 @@ async def _lodgers(options: Options, host: DockerHost) -> list[Lodger]:
     found = await host.found()
     now = time.time()
     with _store(options) as store:
-        rows = () if store is None else store.read_now(store.sandboxes)
+        rows: Sequence[Any] = () if store is None else store.read_now(store.sandboxes)
         query = () if store is None else store.read_now(lambda at: store.ownerless_sandboxes(at, host.name, now))
         ended = [row.id for row in query if row.ended]
         store_id = "" if store is None else _store_id(store)
@@ -181,7 +183,7 @@ async def _lodgers(options: Options, host: DockerHost) -> list[Lodger]:
 
 
 @contextlib.contextmanager
-def _store(options: Options) -> Any:
+def _store(options: Options) -> Generator[Store | None]:
     """The database, ``None`` where there is none: sandboxes are looked at without one too."""
     from ridethrough.runtime.errors import NotFound
 
@@ -196,7 +198,7 @@ def _store(options: Options) -> Any:
         store.close()
 
 
-def _store_id(store: Any) -> str:
+def _store_id(store: Store) -> str:
     from ridethrough.runtime.payload import content_hash
 
     return content_hash(store.database.display.encode())[:16]
@@ -227,11 +229,47 @@ def shell_command(options: Options, run_id: str, profile: str | None) -> int:
 
     On a terminal it is an interactive one; else it reads commands from standard input. Its status is the shell's.
     """
+
+    async def body(host: DockerHost) -> int:
+        chosen = _choose(run_id, await _lodgers(options, host), profile)
+        say(f"{chosen.id} of run {run_id} (profile {chosen.profile}, {chosen.runtime}); `exit` leaves it")
+        return await _shell(options, chosen)
+
+    return _on_docker(body)
+
+
+async def _shell(options: Options, chosen: Lodger) -> int:
+    from ridethrough.sandboxes.container import container_name
+    from ridethrough.sandboxes.engine import Engine
     from ridethrough.sandboxes.terminal import shell
 
-    chosen = _choose(run_id, _on_docker(lambda host: _lodgers(options, host)), profile)
-    say(f"{chosen.id} of run {run_id} (profile {chosen.profile}, {chosen.runtime}); `exit` leaves it")
-    return shell(chosen.id, interactive=sys.stdin.isatty())
+    name = container_name(chosen.id)
+    async with Engine.open() as engine:
+        async with _awake(options, engine, chosen, name):
+            return await shell(engine, name, terminal=sys.stdin.isatty())
+
+
+@contextlib.asynccontextmanager
+async def _awake(options: Options, engine: Engine, chosen: Lodger, name: str) -> AsyncGenerator[None]:
+    """Let a frozen one go on for the time being: its run waits, and is not touched by that."""
+    import anyio
+
+    if chosen.state != "paused":
+        yield
+        return
+    await engine.unpause(name)
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            if _still_paused(options, chosen.id):
+                await engine.pause(name)
+
+
+def _still_paused(options: Options, sandbox_id: str) -> bool:
+    with _store(options) as store:
+        row = None if store is None else store.read_now(lambda at: store.sandbox(at, sandbox_id))
+    return row is not None and row.status == "paused"
 
 
 def _choose(run_id: str, seen: Iterable[Lodger], profile: str | None) -> Lodger:

@@ -156,5 +156,3 @@ def _stranger_claim(found: Found, label: str | None, store_id: str, now: float) 
     if label is None:
         return "foreign", "a program's own; it ends with it"
     return "foreign", "another database has it on record"
-
-
