@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 import anyio
 
-from ridethrough.runtime.errors import Error, SandboxError
+from ridethrough.runtime.errors import Error, SandboxError, SandboxGone
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import (
     DEFAULT_TIMEOUT,
@@ -43,11 +43,17 @@ class CallSandbox(Sandbox):
     """
 
     def __init__(
-        self, profile: SandboxProfile, find: Callable[[], Awaitable[Sandbox]], prefix: str, stays: Callable[[], bool]
+        self,
+        profile: SandboxProfile,
+        find: Callable[[], Awaitable[Sandbox]],
+        prefix: str,
+        stays: Callable[[], bool],
+        on_gone: Callable[[], Awaitable[None]],
     ) -> None:
         """``find`` gives the sandbox itself; ``prefix`` begins the ids of what this call starts in it.
 
-        ``stays`` tells, when the call is cut off here, whether what it had started is to go on there.
+        ``stays`` tells, when the call is cut off here, whether what it had started is to go on there; ``on_gone`` is
+        told that somebody has learnt of the sandbox's end.
         """
         self.id = self.runtime = ""
         self.boundary = False
@@ -56,11 +62,13 @@ class CallSandbox(Sandbox):
         self._find = find
         self._prefix = prefix
         self._stays = stays
+        self._on_gone = on_gone
         self._counts: dict[str, int] = {}
 
     async def _sandbox(self) -> Sandbox:
         sandbox = await self._find()
         self.id, self.runtime, self.boundary = sandbox.id, sandbox.runtime, sandbox.boundary
+        self.profile = sandbox.profile  # as it is configured; until now only its name was sure
         return sandbox
 
     def _name(self, argv: Sequence[str], *more: object) -> str:
@@ -77,6 +85,9 @@ class CallSandbox(Sandbox):
         another worker is to take up."""
         try:
             yield
+        except SandboxGone:
+            await self._on_gone()
+            raise
         except BaseException as error:
             if not isinstance(error, Exception) and not self._stays():
                 with anyio.move_on_after(KILL_SECONDS, shield=True), suppress(Error):
