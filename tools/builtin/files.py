@@ -115,7 +115,7 @@ async def write_file(path: str, content: str, ctx: ToolContext) -> str:
     data = content.encode("utf-8", "replace")
     await sandbox.write(path, data)
     lines = content.count("\n") + (not content.endswith("\n") and content != "")
-    return f"Wrote {path}: {lines} lines, {len(data)} bytes."
+    return f"Wrote {path}: {lines} {'line' if lines == 1 else 'lines'}, {len(data)} bytes."
 
 
 @tool(confined=True, timeout=DEADLINE + 120.0, sequential=True)

@@ -32,6 +32,7 @@ async def fetch_url(url: str, ctx: ToolContext) -> str:
         url: Its address, beginning with http:// or https://.
     """
     sandbox: Sandbox = ctx.sandbox
+    await sandbox.stat(".")  # now it is there, and its profile is known
     _check(url, sandbox.profile)
     try:
         given = {"url": url, "limit": MOST, "timeout": ANSWER}
@@ -81,7 +82,8 @@ def _page(url: str, found: dict[str, Any], profile: SandboxProfile) -> str:
         ToolFailed: nothing came back, or nothing that is text.
     """
     if "error" in found:
-        raise ToolFailed(f"{url} could not be fetched: {found['error']}. {_allowed(profile)}")
+        allowed = "" if urlsplit(url).hostname in OWN else f" {_allowed(profile)}"
+        raise ToolFailed(f"{url} could not be fetched: {found['error']}.{allowed}")
     if found.get("refused"):
         raise ToolFailed(f"The proxy refused {url} ({found['refused']}). {_allowed(profile)}")
     kind = found.get("type") or "of unknown type"

@@ -16,6 +16,9 @@ LARGEST = 16 * 1024 * 1024
 SEARCHED = 20_000
 """Lines of a file in which the nearest ones are looked for."""
 
+TELLING = 8
+"""Characters of a replacement from which on it is told that it is there already."""
+
 AROUND = 3
 """Lines that are shown before and after a change."""
 
@@ -79,7 +82,7 @@ def _shown(after: bytes, at: int, length: int) -> str:
 
 
 def _not_found(text: str, old: str, new: str) -> str:
-    if new and new in text and old not in new:
+    if len(new.strip()) >= TELLING and new in text and old not in new:
         line = text.count("\n", 0, text.index(new)) + 1
         return f"old is not in the file, but new is, at line {line}: perhaps this edit was made before."
     lines, wanted = text.splitlines()[:SEARCHED], old.splitlines()
@@ -88,8 +91,8 @@ def _not_found(text: str, old: str, new: str) -> str:
         return "old is not in the file, and nothing like it. Read the file and copy the lines exactly."
     first = max(0, at - AROUND)
     near = _numbered(lines[first : at + len(wanted) + AROUND], first + 1)
-    how = "These lines differ in white space only" if same else "The nearest lines are"
-    return f"old is not in the file exactly. {how}; copy them as they are, without the numbers:\n{near}"
+    how = "These lines differ from it in white space only:" if same else "The nearest lines are these:"
+    return f"old is not in the file exactly. Copy lines as they are, without the numbers. {how}\n{near}"
 
 
 def _nearest(lines: list[str], wanted: list[str]) -> tuple[int | None, bool]:
