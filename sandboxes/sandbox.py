@@ -202,6 +202,11 @@ class Sandbox(ABC):
     boundary: bool
     runtime: str
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can be asked through this object any more; attaching anew may still find the sandbox."""
+        return False
+
     # --- commands ---------------------------------------------------------------------------------------------------
 
     @abstractmethod

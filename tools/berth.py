@@ -81,9 +81,10 @@ class CallBerth:
     def sandbox(self, life: int, attempt: int) -> CallSandbox:
         """The sandbox as this attempt sees it: what a person lets start again gets new names, and so does a retry."""
         again, retry = "" if life == 1 else f"-again{life}", "" if attempt == 1 else f"-{attempt}"
-        lodging = self._find()
+        find = self._find()
         profile = self.wanted if isinstance(self.wanted, SandboxProfile) else SandboxProfile(name=self.wanted)
-        made = CallSandbox(profile, lodging, f"{self.request.call_id}{again}{retry}", self._stays)
+        prefix = f"{self.request.call_id}{again}{retry}"
+        made = CallSandbox(profile, find, prefix, self._stays, self._on_gone)
         self._used.append(made)
         return made
 
@@ -93,9 +94,17 @@ class CallBerth:
 
         return find
 
+    async def _on_gone(self) -> None:
+        lodging = await self._lodging()
+        lodging.lost(self.execution.run_id, lodging.key(self.wanted, self.call))
+
     def _stays(self) -> bool:
         """Whether a call that is cut off here is to go on there: another worker will ask for it."""
         return self.execution.ending in ("release", "lost", "broken")
+
+    async def lose(self) -> None:
+        """For drills: the sandbox is removed, as somebody from outside would do it."""
+        await (await self._lodging()).lose(self.execution.run_id, self.wanted, self.call)
 
     def close(self) -> None:
         """The result is on disk: the sandbox need not keep it any longer."""

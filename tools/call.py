@@ -363,7 +363,8 @@ class _Call:
             if FAULTS is None:
                 return await self._function(kwargs, attempt)
             called = Called(self.request.run_id, self.request.call_id, self.tool.name, self.tool.effect)
-            return await FAULTS.around(called, lambda: self._function(kwargs, attempt))
+            lose = None if self.berth is None else self.berth.lose
+            return await FAULTS.around(called, lambda: self._function(kwargs, attempt), lose)
         doubt = " It may have taken effect all the same." if self.tool.effect == "write" else ""
         raise TimeoutError(f"{self.tool.name} did not end within {self.tool.timeout:g} s.{doubt}")
 

@@ -54,8 +54,13 @@ class ToolFaults:
         self._used: Counter[int] = Counter()
         self._recall()
 
-    async def around(self, called: Called, function: Callable[[], Awaitable[Any]]) -> Any:
-        """Run the tool's function, and let happen to it what is due.
+    async def around(
+        self,
+        called: Called,
+        function: Callable[[], Awaitable[Any]],
+        lose_sandbox: Callable[[], Awaitable[None]] | None = None,
+    ) -> Any:
+        """Run the tool's function, and let happen to it what is due; ``lose_sandbox`` removes the one it runs in.
 
         Raises:
             ToolFailed, TimeoutError: a fault of that kind is due.
@@ -63,6 +68,8 @@ class ToolFaults:
         fault = self._due(called)
         if fault is not None and fault.kind in ("error", "timeout", "slow"):
             await self._before(called, fault)
+        if fault is not None and fault.kind == "sandbox" and lose_sandbox is not None:
+            await lose_sandbox()
         self._note(called, "begun")
         try:
             value = await function()

@@ -87,6 +87,8 @@ class Berth:
     key: str
     lock: anyio.Lock = field(default_factory=anyio.Lock)
     sandbox: Sandbox | None = None
+    told: bool = False
+    """Whether a call has been told that the sandbox is gone."""
 
 
 class Quarters:
@@ -133,6 +135,14 @@ class Lodging(Companion):
             )
         return found
 
+    def key(self, wanted: str | SandboxProfile, call: str) -> str:
+        """Which of a run's sandboxes is meant.
+
+        Raises:
+            ConfigError: there is no such profile.
+        """
+        return _key(self.profile(wanted), call)
+
     # --- getting one ------------------------------------------------------------------------------------------------
 
     async def sandbox(self, run_id: str, wanted: str | SandboxProfile, call: str = "") -> Sandbox:
@@ -147,9 +157,17 @@ class Lodging(Companion):
         key = _key(profile, call)
         berth = self._berths.setdefault((run_id, key), Berth(run_id, key))
         async with berth.lock:
-            if berth.sandbox is None:
+            if berth.sandbox is None or berth.sandbox.ended:
+                berth.sandbox = None
                 berth.sandbox = await self._find_or_make(berth, profile)
+                berth.told = False
             return berth.sandbox
+
+    def lost(self, run_id: str, key: str) -> None:
+        """A call has been told that the sandbox is gone: the next one need not be told again."""
+        berth = self._berths.get((run_id, key))
+        if berth is not None:
+            berth.told = True
 
     async def survives(self, run_id: str, wanted: str | SandboxProfile, call: str = "") -> bool:
         """Whether the sandbox of an interrupted call is still there, with what it knows of the call."""
@@ -174,7 +192,11 @@ class Lodging(Companion):
         row = await self._newest(berth.run_id, berth.key)
         quarters = await self._open(profile)
         if row is not None and row.status in ("running", "paused"):
-            return await self._attach(row, profile, quarters)
+            try:
+                return await self._attach(row, profile, quarters)
+            except SandboxGone:
+                if not berth.told:
+                    raise
         sandbox = await self._new(profile, quarters)
         try:
             archived = row if row is not None and row.status == "archived" else None
@@ -392,6 +414,12 @@ class Lodging(Companion):
         except Error as error:
             log.warning("sandbox of run %s: %s", run_id, error)
 
+    async def lose(self, run_id: str, wanted: str | SandboxProfile, call: str) -> None:
+        """Remove a sandbox behind the back of those who use it: for drills."""
+        profile = self.profile(wanted)
+        sandbox = await self.sandbox(run_id, profile, call)
+        await _there((await self._open(profile)).host).remove(sandbox.id)
+
     async def _discard(self, sandbox: Sandbox, why: str) -> None:
         await sandbox.aclose()
         await self._forget(sandbox.id, why)
@@ -568,6 +596,7 @@ def _profiles(lodgings: Lodgings) -> dict[str, SandboxProfile]:
 
 
 def _key(profile: SandboxProfile, call: str) -> str:
+    """Which of a run's sandboxes it is."""
     return f"{profile.name}/{call}" if call else profile.name
 
 

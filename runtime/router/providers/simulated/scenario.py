@@ -59,7 +59,7 @@ _SHIPPED = Path(__file__).parent / "scenarios"
 
 # --- what a scenario has --------------------------------------------------------------------------------------------
 
-ToolFaultKind = Literal["error", "timeout", "hang", "slow"]
+ToolFaultKind = Literal["error", "timeout", "hang", "slow", "sandbox"]
 
 _Seconds = Annotated[float, Field(ge=0)]
 
@@ -76,9 +76,9 @@ class ToolFault:
     """A tool goes wrong.
 
     ``tool`` is its name, ``*`` all of them. ``kind`` is ``error`` (it raises), ``timeout`` (it raises after
-    ``seconds``), ``hang`` (it does not come back for ``seconds``) or ``slow`` (it answers ``seconds`` later). ``share``
-    is the fraction of its calls, ``times`` how often it happens at most, ``start`` and ``end`` are seconds since the
-    drill began.
+    ``seconds``), ``hang`` (it does not come back for ``seconds``), ``slow`` (it answers ``seconds`` later) or
+    ``sandbox`` (the sandbox that it runs in is removed under it). ``share`` is the fraction of its calls, ``times`` how
+    often it happens at most, ``start`` and ``end`` are seconds since the drill began.
     """
 
     tool: str = "*"

@@ -1,0 +1,391 @@
+"""Runs and their sandboxes: bodies of tools, crashes, parking, the reaper. Real sandboxes, real SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from tests.agents.support import PATIENCE, Scripted, call
+
+from ridethrough import Agent, ConfigError, Runtime, ToolContext, UsageError, tool, wait_for, workflow
+from ridethrough.runtime.config import Config, parse_config
+from ridethrough.runtime.store import Store, StoredRow
+from ridethrough.tools.lodging import Lodging
+from ridethrough.tools.tool import Tool
+
+pytestmark = [pytest.mark.anyio]
+
+PROGRAM = Path(__file__).with_name("life.py")
+OUTSIDE = "this is outside of the function"
+
+
+def config(kind: str, more: str = "") -> Config:
+    """A configuration whose profile ``python`` is of that kind."""
+    top = f'durability = "process"\nreaper_seconds = 3600\nallow_local = true\n{more}\n'
+    return parse_config(f'{top}[sandboxes.python]\nkind = "{kind}"\n')
+
+
+def open_runtime(folder: Path, kind: str, more: str = "") -> Runtime:
+    return Runtime.open(f"sqlite:///{folder / 'runs.db'}", config=config(kind, more), grace=0.0)
+
+
+async def rows(runtime: Runtime, run_id: str) -> list[StoredRow]:
+    """What is on record of a run's sandboxes."""
+    found = await runtime.store.read(lambda connection: runtime.store.sandboxes(connection, live=False))
+    return [row for row in found if row.run_id == run_id]
+
+
+async def lodging(runtime: Runtime) -> Lodging:
+    found: Lodging = await runtime.worker.companion("sandboxes")
+    return found
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for something that another task is about to do."""
+    with anyio.fail_after(PATIENCE):
+        while not await condition():
+            await anyio.sleep(0.02)
+
+
+@pytest.fixture(params=["local", "docker"])
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "docker":
+        request.getfixturevalue("docker_engine")
+    return str(request.param)
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+@tool(sandbox="python", effect="read")
+def count_words(text: str, least: int = 1) -> dict[str, int]:
+    """Count words."""
+    from collections import Counter
+
+    print("counting", text)  # what a body prints is not its value
+    return {word: count for word, count in Counter(text.split()).items() if count >= least}
+
+
+@tool(sandbox="python", effect="read")
+async def later(text: str) -> str:
+    """An async body."""
+    import asyncio
+
+    await asyncio.sleep(0)
+    return text[::-1]
+
+
+@tool(sandbox="python", effect="read")
+def broken(how: str) -> Any:
+    """Go wrong."""
+    import os
+
+    if how == "raise":
+        raise ValueError("no such thing")
+    if how == "exit":
+        os._exit(7)
+    if how == "set":
+        return {1, 2}
+    return float("nan")
+
+
+@tool(sandbox="python")
+def remember(text: str) -> str:
+    """Write to a file."""
+    with open("memory", "a") as memory:
+        memory.write(text + "\n")
+    with open("memory") as memory:
+        return memory.read()
+
+
+@tool(confined=True)
+async def note(text: str, ctx: ToolContext) -> str:
+    """Write to a file through ctx.sandbox."""
+    await ctx.sandbox.exec(["sh", "-c", 'printf "%s\\n" "$0" >> memory', text])
+    return (await ctx.sandbox.exec(["cat", "memory"])).stdout
+
+
+async def test_bodies_run_in_the_runs_sandbox(tmp_path: Path, kind: str) -> None:
+    model = Scripted(
+        [call("count_words", id="a", text="a b a", least=2), call("later", id="b", text="abc")],
+        [call("broken", id=how, how=how) for how in ("raise", "exit", "set", "nan")],
+        [call("remember", id="c", text="one")],
+        [call("note", id="d", text="two")],
+        "done",
+    )
+    agent = Agent("worker", model=model, tools=[count_words, later, broken, remember, note])
+    async with open_runtime(tmp_path, kind) as runtime:
+        run = await runtime.start(agent, "go")
+        with anyio.fail_after(PATIENCE):
+            await run.result()
+        told = [[message.text for message in request.messages if message.role == "tool"] for request in model.requests]
+        assert told[1] == ['{"a":2}', "cba"]
+        raised, exited, no_json, nan = told[2][2:]
+        assert raised == "broken failed: ValueError: no such thing"
+        assert exited == "broken ended with status 7."
+        assert "not JSON serializable" in no_json
+        assert "nan" in nan.lower()
+        assert told[4][-2:] == ["one\n", "one\ntwo\n"]  # both had the same workspace
+        await until(lambda: all_removed(runtime, run.id))
+        [row] = await rows(runtime, run.id)
+        assert (row.key, row.profile, row.runtime) == ("python", "python", "local" if kind == "local" else row.runtime)
+
+
+async def all_removed(runtime: Runtime, run_id: str) -> bool:
+    return all(row.status == "removed" and not row.live for row in await rows(runtime, run_id))
+
+
+async def test_a_sandbox_of_its_own_for_each_call(tmp_path: Path, kind: str) -> None:
+    @tool(sandbox="python", sandbox_scope="call")
+    def alone(text: str) -> str:
+        """Write to a file and read it."""
+        with open("memory", "a") as memory:
+            memory.write(text)
+        with open("memory") as memory:
+            return memory.read()
+
+    model = Scripted([call("alone", id="a", text="x"), call("alone", id="b", text="y")], "done")
+    async with open_runtime(tmp_path, kind) as runtime:
+        run = await runtime.start(Agent("worker", model=model, tools=[alone]), "go")
+        with anyio.fail_after(PATIENCE):
+            await run.result()
+        assert model.results == ["x", "y"]
+        await until(lambda: all_removed(runtime, run.id))
+        assert len(await rows(runtime, run.id)) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: _with_outside(), "'OUTSIDE' is defined outside of it"),
+        (lambda: _with_closure("x"), "'word' is a variable of the function around it"),
+        (lambda: tool(sandbox="python")(lambda text: text), "written with `def`"),
+        (lambda: _with_ctx(), "there is no ctx"),
+    ],
+)
+def test_a_body_that_is_not_complete_is_refused_when_it_is_decorated(make: Callable[[], object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make()
+
+
+def _with_outside() -> Tool[Any, Any]:
+    @tool(sandbox="python")
+    def uses() -> str:
+        """Use a global."""
+        return OUTSIDE
+
+    return uses
+
+
+def _with_closure(word: str) -> Tool[Any, Any]:
+    @tool(sandbox="python")
+    def uses() -> str:
+        """Use a variable."""
+        return word
+
+    return uses
+
+
+def _with_ctx() -> Tool[Any, Any]:
+    @tool(sandbox="python")
+    def uses(ctx: ToolContext) -> str:
+        """Use the context."""
+        return ctx.run_id
+
+    return uses
+
+
+async def test_a_body_never_runs_on_the_host(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="runs in a sandbox"):
+        remember("x")
+    assert remember.function is not None
+
+
+async def test_a_profile_that_is_missing_pauses_the_run_and_says_what_to_do(tmp_path: Path) -> None:
+    @tool(sandbox="pythn", effect="read")
+    def lost() -> str:
+        """Run nowhere."""
+        return ""
+
+    model = Scripted(call("lost"), "done")
+    async with open_runtime(tmp_path, "local") as runtime:
+        run = await runtime.start(Agent("worker", model=model, tools=[lost]), "go")
+        await until(lambda: _is(runtime, run.id, "paused"))
+        view = await run.view()
+        assert view.pause is not None
+        assert view.pause.reason == "configuration"
+        assert "did you mean 'python'" in str(view.waits[0].question)
+
+
+async def _is(runtime: Runtime, run_id: str, status: str) -> bool:
+    return (await runtime.describe(run_id, steps=False)).status == status
+
+
+async def test_without_an_engine_the_run_waits_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
+    model = Scripted(call("remember", text="x"), "done")
+    agent = Agent("worker", model=model, tools=[remember])
+    where = f"sqlite:///{tmp_path / 'runs.db'}"
+    async with Runtime.open(where, config=config("docker"), allow_local=False, grace=0.0) as runtime:
+        run = await runtime.start(agent, "go")
+        await until(lambda: _waits_for_sandbox(runtime, run.id))
+        assert "Docker" in str((await run.view()).waits[0].question)
+    async with Runtime.open(where, config=config("docker"), allow_local=True) as runtime:  # it runs locally then
+        with anyio.fail_after(PATIENCE):
+            assert await (await runtime.resume(run.id)).result() is not None
+    assert model.results == ["x\n"]
+
+
+async def _waits_for_sandbox(runtime: Runtime, run_id: str) -> bool:
+    return any(wait.kind == "sandbox" for wait in (await runtime.describe(run_id, steps=False)).waits)
+
+
+# --- parking --------------------------------------------------------------------------------------------------------
+
+told_by = Scripted([call("remember", id="a", text="before")], "said", then="said")
+
+
+@workflow(name="visits")
+async def visits(start: str) -> str:
+    """Work in the sandbox, wait for somebody, work in it again."""
+    first = Agent("first", model=Scripted(call("remember", text="before"), "done"), tools=[remember])
+    second = Agent("second", model=Scripted(call("remember", text="after"), SAY_RESULT), tools=[remember])
+    await first.run(start)
+    await wait_for("bell", str)
+    return (await second.run(start)).output
+
+
+def SAY_RESULT(request: Any) -> str:
+    return "\n".join(message.text for message in request.messages if message.role == "tool")
+
+
+@asynccontextmanager
+async def parked_visit(folder: Path, kind: str, more: str = "") -> AsyncGenerator[tuple[Runtime, str]]:
+    async with open_runtime(folder, kind, more) as runtime:
+        run = await runtime.start(visits, "go")
+        await until(lambda: _is(runtime, run.id, "waiting"))
+        await until(lambda: _sandbox_is(runtime, run.id, "paused"))
+        yield runtime, run.id
+
+
+async def _sandbox_is(runtime: Runtime, run_id: str, status: str) -> bool:
+    return [row.status for row in await rows(runtime, run_id)][-1:] == [status]
+
+
+async def _ring(runtime: Runtime, run_id: str) -> str:
+    await runtime.signal(run_id, "bell", "ring")
+    with anyio.fail_after(PATIENCE):
+        return str(await (await runtime.get(run_id)).result())
+
+
+async def test_a_parked_run_freezes_its_sandbox_and_finds_it_again(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (runtime, run_id):
+        assert await _ring(runtime, run_id) == "before\nafter\n"
+        assert len(await rows(runtime, run_id)) == 1
+
+
+async def test_another_process_takes_the_sandbox_up(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (_, run_id):
+        pass
+    async with open_runtime(tmp_path, kind) as runtime:
+        assert await _ring(runtime, run_id) == "before\nafter\n"
+        assert len(await rows(runtime, run_id)) == 1
+
+
+async def test_a_long_pause_archives_the_workspace_and_the_next_call_restores_it(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind, "sandbox_pause_seconds = 0.001") as (runtime, run_id):
+        keeper = await lodging(runtime)
+        assert await keeper.reap_once() == 1
+        [row] = await rows(runtime, run_id)
+        assert (row.status, row.live) == ("archived", False)
+        assert await _ring(runtime, run_id) == "before\nafter\n"
+        old, new = sorted(await rows(runtime, run_id), key=lambda row: row.created_at)
+        assert (old.status, old.archive_ref) == ("removed", None)
+        assert new.id != old.id
+
+
+async def test_a_sandbox_that_was_removed_meanwhile_is_told_to_the_model_once(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (runtime, run_id):
+        keeper = await lodging(runtime)
+        [row] = await rows(runtime, run_id)
+        for quarters in keeper._quarters.values():  # pyright: ignore[reportPrivateUsage]
+            assert quarters.host is not None
+            await quarters.host.remove(row.id)
+        told = await _ring(runtime, run_id)
+        assert "is gone" in told
+        assert "the next call gets a new, empty one" in told
+
+
+# --- the reaper -----------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_run_leaves_is_reaped_when_it_has_ended_elsewhere(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (runtime, run_id):
+        await runtime.cancel(run_id)  # nobody executes it, so nobody is there to remove its sandbox
+        keeper = await lodging(runtime)
+        assert await keeper.reap_once() == 1
+        assert await all_removed(runtime, run_id)
+        assert await keeper.reap_once() == 0
+
+
+async def test_a_sandbox_on_record_that_was_never_made_is_forgotten(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (runtime, run_id):
+        keeper, [row] = await lodging(runtime), await rows(runtime, run_id)
+        ghost = {"id": "ghost", "profile": "python", "host": row.host, "worker_id": "dead", "status": "starting"}
+        ghost |= {"live": True, "key": "", "created_at": 0.0, "expires_at": 1.0}
+        await runtime.worker.journal.do(lambda connection: runtime.store.insert_sandbox(connection, ghost))
+        assert await keeper.reap_once() == 1
+        left = await runtime.store.read(lambda connection: runtime.store.sandboxes(connection, live=False))
+        assert "ghost" not in {row.id for row in left}
+
+
+# --- crashes --------------------------------------------------------------------------------------------------------
+
+
+def begin_life(folder: Path, calls: int, seconds: float, kind: str) -> subprocess.Popen[str]:
+    more = ["--local"] if kind == "local" else []
+    command = [sys.executable, str(PROGRAM), f"sqlite:///{folder / 'runs.db'}", "r1", str(calls), str(seconds), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+
+
+async def started(folder: Path, calls: int) -> bool:
+    """Whether that many calls are on record as about to start."""
+    if not (folder / "runs.db").exists():
+        return False
+    store = Store(f"sqlite:///{folder / 'runs.db'}")
+    try:
+        intents = await store.read(lambda connection: store.intents(connection, "r1"))
+    except Exception:
+        return False
+    finally:
+        store.close()
+    return len(intents) == calls
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+async def test_calls_go_on_while_their_worker_is_dead(tmp_path: Path, kind: str, signal_number: int) -> None:
+    calls, seconds = (20, 4.0) if kind == "docker" else (5, 2.0)
+    first = begin_life(tmp_path, calls, seconds, kind)
+    try:
+        await until(lambda: started(tmp_path, calls))
+        await anyio.sleep(1.5)  # all have begun; none has ended
+        os.kill(first.pid, signal_number)
+    finally:
+        first.wait(20)
+    second = begin_life(tmp_path, calls, seconds, kind)
+    out, _ = await anyio.to_thread.run_sync(lambda: second.communicate(timeout=90))
+    assert second.returncode == 0, out
+    told = out.partition("result: ")[2].splitlines()
+    assert told[:calls] == [f"done {number}" for number in range(calls)], out
+    written = Counter(told[calls].strip("[]").replace('"', "").split(","))
+    assert written == Counter({f"{what} {number}": 1 for what in ("begin", "end") for number in range(calls)})
