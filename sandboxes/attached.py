@@ -18,9 +18,9 @@ import uuid
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, cast
+from typing import Any, Final, Literal, Protocol
 
 import anyio
 from anyio.abc import ByteStream, TaskGroup
@@ -37,12 +37,20 @@ from ridethrough.sandboxes.channel import (
     Stuck,
     path_of,
 )
+from ridethrough.sandboxes.command import (
+    UNLIMITED,
+    Command,
+    as_bytes,
+    check_argv,
+    check_deadline,
+    check_env,
+    command_of,
+)
 from ridethrough.sandboxes.frames import MAX_BODY, WINDOW
 from ridethrough.sandboxes.profile import WORKSPACE, SandboxProfile
 from ridethrough.sandboxes.sandbox import (
     DEFAULT_TIMEOUT,
     KEEP_OUTPUT,
-    OUTPUT_LIMIT,
     Change,
     ExecResult,
     FileInfo,
@@ -54,14 +62,8 @@ from ridethrough.sandboxes.sandbox import (
     Session,
     Snapshot,
 )
-from ridethrough.sandboxes.session import PythonSession, ShellSession, check_deadline
+from ridethrough.sandboxes.session import PythonSession, ShellSession
 from ridethrough.sandboxes.sinks import Changes, Ends, Feed, Kept, result_of
-
-GRACE: Final = 1.0
-"""Seconds between SIGTERM and SIGKILL."""
-
-MARGIN: Final = 10.0
-"""Seconds beyond a call's deadline and grace after which its supervisor is stuck."""
 
 KILL_SECONDS: Final = 10.0
 """How long a supervisor may take to end a call."""
@@ -88,7 +90,12 @@ _PROXIED: Final[Mapping[str, str]] = {
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), PROXY),
     **dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1"),
 }
-_KINDS: Final = ("file", "directory", "link", "other")
+_KINDS: Final[Mapping[str, Literal["file", "directory", "link", "other"]]] = {
+    "file": "file",
+    "directory": "directory",
+    "link": "link",
+    "other": "other",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +125,7 @@ class Hold(Protocol):
         argv: Sequence[str],
         *,
         timeout: float,
-        stdin: bytes | None,
+        stdin: bytes,
         env: Mapping[str, str],
         cwd: str | None,
         keep_output: int,
@@ -129,23 +136,6 @@ class Hold(Protocol):
             SandboxError: this host cannot, or the user is root and the profile's is not.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A call as it is asked for; ``own`` says that nobody outside knows its id."""
-
-    id: str
-    own: bool
-    timeout: float
-    fields: Mapping[str, Any]
-    first: bytes
-    rest: bytes
-
-    @property
-    def patience(self) -> float:
-        """Seconds until its supervisor is stuck."""
-        return self.timeout + GRACE + MARGIN
 
 
 async def attach_to(
@@ -203,6 +193,7 @@ class AttachedSandbox(Sandbox):
         known_calls: The calls that its supervisor knew when it was attached to, running or done.
         clean: Whether nothing had been run or written in it then.
         python_argv: How Python is called in it.
+        proof: Why its runtime was chosen, where there is a choice.
     """
 
     def __init__(
@@ -227,6 +218,7 @@ class AttachedSandbox(Sandbox):
         self.known_calls: Mapping[str, Literal["running", "done"]] = {}
         self.clean = False
         self.python_argv: tuple[str, ...] = ("python3",)
+        self.proof: Mapping[str, Any] | None = None
         self._hold = hold
         self._waiting: Counter[str] = Counter()
         self._paused: anyio.Event | None = None
@@ -250,7 +242,7 @@ class AttachedSandbox(Sandbox):
         """As ``Sandbox.exec``."""
         if user is not None and user != str(self.profile.user):
             return await self._exec_as(user, argv, timeout, stdin, env, cwd, keep_output)
-        command = self.command(argv, timeout, stdin=stdin, env=env, cwd=cwd, keep=keep_output, call_id=call_id)
+        command = self.command(argv, timeout, env, stdin=stdin, cwd=cwd, keep=keep_output, call_id=call_id)
         await self.ready()
         async with self._owned(command):
             if command.rest:
@@ -269,7 +261,7 @@ class AttachedSandbox(Sandbox):
         call_id: str | None = None,
     ) -> AsyncGenerator[Output | ExecResult]:
         """As ``Sandbox.exec_stream``."""
-        command = self.command(argv, timeout, stdin=stdin, env=env, cwd=cwd, call_id=call_id, flow=True)
+        command = self.command(argv, timeout, env, stdin=stdin, cwd=cwd, call_id=call_id, flow=True)
         async with aclosing(self._streamed(command)) as items:
             async for item in items:
                 yield item
@@ -286,9 +278,10 @@ class AttachedSandbox(Sandbox):
     ) -> Process:
         """As ``Sandbox.start``."""
         command = self.command(
-            argv, timeout, env=env, cwd=cwd, call_id=call_id, stdin_open=stdin, background=True, limit=2**62
+            argv, timeout, env, cwd=cwd, call_id=call_id, stdin_open=stdin, background=True, limit=UNLIMITED
         )
-        return await self.started(command)
+        await self.begin(command)
+        return RunningProcess(self, command)
 
     def python(self, *, env: Mapping[str, str] | None = None) -> AbstractAsyncContextManager[Session]:
         """As ``Sandbox.python``."""
@@ -340,47 +333,17 @@ class AttachedSandbox(Sandbox):
     # --- commands: what they are made of ----------------------------------------------------------------------------
 
     def command(
-        self,
-        argv: Sequence[str],
-        timeout: float,
-        *,
-        stdin: bytes | str | None = None,
-        stdin_open: bool = False,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        keep: int = KEEP_OUTPUT,
-        limit: int = OUTPUT_LIMIT,
-        call_id: str | None = None,
-        background: bool = False,
-        control: bool = False,
-        flow: bool = False,
+        self, argv: Sequence[str], timeout: float, env: Mapping[str, str] | None = None, **options: Any
     ) -> Command:
-        """The request that starts a command.
+        """A call in the sandbox's environment, with ``options`` as ``command_of`` has them.
 
         Raises:
             SandboxError: an argument is none, or the deadline is no time.
         """
-        data = stdin.encode() if isinstance(stdin, str) else stdin or b""
-        first, rest = data[:MAX_BODY], data[MAX_BODY:]
-        id = call_id or uuid.uuid4().hex
-        fields = {
-            "id": id,
-            "argv": _arguments(argv),
-            "env": {**self.environment, **(env or {})},
-            "cwd": cwd or ".",
-            "deadline": check_deadline(timeout),
-            "grace": GRACE,
-            "stdin": stdin_open or bool(rest),
-            "keep": keep,
-            "limit": limit,
-            "background": background,
-            "control": control,
-            "flow": flow,
-        }
-        return Command(id, call_id is None, timeout, fields, first, rest)
+        return command_of(argv, timeout, {**self.environment, **(env or {})}, **options)
 
-    async def started(self, command: Command) -> RunningProcess:
-        """Start a command; a caller that is cancelled meanwhile has started nothing.
+    async def begin(self, command: Command) -> None:
+        """Start a call; a caller that is cancelled meanwhile has started nothing.
 
         Raises:
             SandboxGone, SandboxError: as for ``start``.
@@ -388,9 +351,8 @@ class AttachedSandbox(Sandbox):
         await self.ready()
         async with self._owned(command):
             await self._start(command)
-        return RunningProcess(self, command)
 
-    async def follow(self, command: Command, most: int = 2**62) -> AsyncGenerator[Output | Frame]:
+    async def follow(self, command: Command, most: int = UNLIMITED) -> AsyncGenerator[Output | Frame]:
         """The output of a call from the start, as far as it is kept; then the reply with its end.
 
         Raises:
@@ -513,7 +475,7 @@ class AttachedSandbox(Sandbox):
             await self._distrust(command)
         if reply.flag("timeout"):
             raise SandboxTimeout(
-                f"{_called(command)} ran past its deadline of {command.timeout:g} s in sandbox {self.id}, and was "
+                f"{command.name} ran past its deadline of {command.timeout:g} s in sandbox {self.id}, and was "
                 "ended with all that it had started. Give it more time with timeout=, or start it in the background",
                 result,
             )
@@ -521,7 +483,7 @@ class AttachedSandbox(Sandbox):
 
     async def _distrust(self, command: Command) -> None:
         """Remove the sandbox: something in it could not be ended."""
-        _log.warning("sandbox %s: a call of %s left processes that cannot be ended", self.id, _called(command))
+        _log.warning("sandbox %s: a call of %s left processes that cannot be ended", self.id, command.name)
         self.channel.end("a call left processes in it that could not be ended, so it was removed")
         with suppress(SandboxError):
             await self.aclose()
@@ -532,7 +494,7 @@ class AttachedSandbox(Sandbox):
             self.channel.post("forget", {"ids": [command.id]}).leave()
 
     def _too_late(self, command: Command, error: SandboxGone) -> SandboxTimeout:
-        late = f"{_called(command)} ran past its deadline of {command.timeout:g} s, and could not be ended"
+        late = f"{command.name} ran past its deadline of {command.timeout:g} s, and could not be ended"
         return SandboxTimeout(f"{late}. {error.message}")
 
     async def _exec_as(
@@ -548,10 +510,10 @@ class AttachedSandbox(Sandbox):
         await self.ready()
         return await self._hold.exec_as(
             user,
-            _arguments(argv),
+            check_argv(argv),
             timeout=check_deadline(timeout),
-            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
-            env={**self.environment, **(env or {})},
+            stdin=as_bytes(stdin),
+            env=check_env({**self.environment, **(env or {})}),
             cwd=cwd,
             keep_output=keep_output,
         )
@@ -835,19 +797,6 @@ class RunningProcess(Process):
         return await self._sandbox.collect(self.command)
 
 
-def _arguments(argv: Sequence[str]) -> list[str]:
-    if isinstance(argv, str) or not argv or not all(isinstance(each, str) and "\0" not in each for each in argv):
-        raise SandboxError(
-            f"argv must be a list of texts, the command first; got {argv!r}. For a line of shell write "
-            '["sh", "-c", LINE]'
-        )
-    return list(argv)
-
-
-def _called(command: Command) -> str:
-    return str(command.fields["argv"][0])
-
-
 def _calls(reply: Frame) -> dict[str, Literal["running", "done"]]:
     """The calls that a supervisor knows."""
     calls = reply.json() if reply.body else {}
@@ -863,12 +812,12 @@ def _at_most(frame: Frame, size: int) -> bytes:
 
 
 def _entry(frame: Frame) -> FileInfo:
-    kind = frame.text("kind")
-    if kind not in _KINDS:
+    kind = _KINDS.get(frame.text("kind"))
+    if kind is None:
         raise frame.breach("an entry is of an unknown kind")
     return FileInfo(
         path=path_of(frame.text("path")),
-        kind=cast(Literal["file", "directory", "link", "other"], kind),
+        kind=kind,
         size=frame.number("size", 0),
         modified=frame.seconds("modified"),
         mode=frame.number("mode", 0),

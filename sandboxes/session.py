@@ -8,24 +8,21 @@ interpreter with it, and so does one that ends it; the next piece gets a new one
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import anyio
 
 from ridethrough.runtime.errors import SandboxError, SandboxTimeout
-from ridethrough.sandboxes.channel import Exchange
+from ridethrough.sandboxes.channel import Channel, Exchange
+from ridethrough.sandboxes.command import UNLIMITED, Command, check_deadline
 from ridethrough.sandboxes.frames import MAX_BODY, kernel_source
 from ridethrough.sandboxes.sandbox import DEFAULT_TIMEOUT, KEEP_OUTPUT, OUTPUT_LIMIT, ExecResult, Limit, Output, Session
 from ridethrough.sandboxes.sinks import Ends, Feed, result_of
-
-if TYPE_CHECKING:
-    from ridethrough.sandboxes.attached import AttachedSandbox, Command
 
 _Ending = Literal["ended", "timeout", "output"]
 
@@ -34,6 +31,30 @@ LIFE_SECONDS: Final = 24 * 3600.0
 
 _LONGEST_STATUS: Final = 4096
 _SHELL: Final = "if command -v bash >/dev/null 2>&1; then exec bash --noprofile --norc; else exec sh; fi"
+
+
+class Ground(Protocol):
+    """What a session needs of its sandbox."""
+
+    id: str
+    channel: Channel
+    python_argv: tuple[str, ...]
+
+    def command(self, argv: Sequence[str], timeout: float, env: Mapping[str, str] | None, **options: Any) -> Command:
+        """A call in its environment."""
+        ...
+
+    async def begin(self, command: Command) -> None:
+        """Start a call."""
+        ...
+
+    async def abandon(self, command: Command) -> None:
+        """End a call that nobody waits for."""
+        ...
+
+    async def ready(self) -> None:
+        """Wait while it is paused."""
+        ...
 
 
 @dataclass(slots=True)
@@ -95,7 +116,7 @@ class KeptSession(Session, AbstractAsyncContextManager[Session]):
 
     name: str
 
-    def __init__(self, sandbox: AttachedSandbox, env: Mapping[str, str] | None) -> None:
+    def __init__(self, sandbox: Ground, env: Mapping[str, str] | None) -> None:
         """``env`` is added to the sandbox's."""
         self._sandbox = sandbox
         self._env = env
@@ -144,9 +165,9 @@ class KeptSession(Session, AbstractAsyncContextManager[Session]):
     async def _begin(self) -> Interpreter:
         sandbox = self._sandbox
         command = sandbox.command(
-            self.argv(), LIFE_SECONDS, env=self._env, stdin_open=True, control=True, flow=True, limit=2**62
+            self.argv(), LIFE_SECONDS, self._env, stdin_open=True, control=True, flow=True, limit=UNLIMITED
         )
-        await sandbox.started(command)
+        await sandbox.begin(command)
         exchange: Exchange
         feed = Feed(lambda size: sandbox.channel.tell({"n": exchange.n, "took": size}))
         exchange = sandbox.channel.post("follow", {"id": command.id}, sink=feed)
@@ -254,14 +275,3 @@ class ShellSession(KeptSession):
             raise SandboxError("Code for a shell cannot have a zero byte in it")
         text = f"command eval {shlex.quote(code + chr(10))} </dev/null 3>&-\nprintf '{{\"code\": %d}}\\n' $? >&3\n"
         return text.encode("utf-8", "replace")
-
-
-def check_deadline(timeout: float) -> float:
-    """Return a deadline as a number.
-
-    Raises:
-        SandboxError: it is none.
-    """
-    if not 0 < timeout < math.inf:
-        raise SandboxError(f"timeout must be a number of seconds greater than 0; got {timeout!r}: each call has an end")
-    return float(timeout)

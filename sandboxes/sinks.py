@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Final, cast
+from typing import Final, Literal
 
 import anyio
 
@@ -23,17 +23,21 @@ WAITING_CHANGES: Final = 10_000
 """Changes that nobody has read; a watch that has more ends with an error."""
 
 _PIECES: Final = 4096
-_STREAMS: Final = ("stdout", "stderr", "control")
-_LIMITS: Final = (None, "memory", "pids", "disk", "output")
-_KINDS: Final = ("created", "modified", "removed")
+_STREAMS: Final[dict[str, Stream]] = {"stdout": "stdout", "stderr": "stderr", "control": "control"}
+_LIMITS: Final[dict[str, Limit]] = {"memory": "memory", "pids": "pids", "disk": "disk", "output": "output"}
+_KINDS: Final[dict[str, Literal["created", "modified", "removed"]]] = {
+    "created": "created",
+    "modified": "modified",
+    "removed": "removed",
+}
 
 
 def output_of(frame: Frame) -> Output:
     """The output that an event brings."""
-    stream = frame.text("stream")
-    if frame.text("event") != "output" or stream not in _STREAMS:
+    stream = _STREAMS.get(frame.text("stream"))
+    if frame.text("event") != "output" or stream is None:
         raise frame.breach("an event of a call must be output of one of its streams")
-    return Output(cast(Stream, stream), frame.body, frame.number("offset", 0))
+    return Output(stream, frame.body, frame.number("offset", 0))
 
 
 class Kept:
@@ -69,15 +73,15 @@ class Kept:
 
 def result_of(frame: Frame, stdout: bytes, stderr: bytes) -> ExecResult:
     """The fields of a call's end, with its output."""
-    limit = frame.header.get("limit")
-    if limit not in _LIMITS:
+    limit = None if frame.header.get("limit") is None else _LIMITS.get(frame.text("limit"))
+    if limit is None and frame.header.get("limit") is not None:
         raise frame.breach("the limit has an unknown name")
     return ExecResult(
         exit_code=frame.integer("code"),
         stdout_bytes=stdout,
         stderr_bytes=stderr,
         truncated=frame.flag("truncated"),
-        limit=cast("Limit | None", limit),
+        limit=limit,
         seconds=frame.seconds("seconds"),
         stdout_total=frame.number("stdout_total", 0),
         stderr_total=frame.number("stderr_total", 0),
@@ -196,11 +200,11 @@ class Changes:
 
     def take(self, frame: Frame) -> None:
         """Take a change."""
-        kind = frame.text("kind")
-        if frame.text("event") != "change" or kind not in _KINDS:
+        kind = _KINDS.get(frame.text("kind"))
+        if frame.text("event") != "change" or kind is None:
             raise frame.breach("an event of a watch must be a change")
         if len(self._changes) < WAITING_CHANGES:
-            self._changes.append(Change(kind, path_of(frame.text("path"))))  # type: ignore[arg-type]
+            self._changes.append(Change(kind, path_of(frame.text("path"))))
         else:
             self._lost = True
         self._came.set()
