@@ -2,16 +2,17 @@
 
 docker-py blocks, so its calls run in worker threads, at most ``THREADS`` at once and with a limiter of their own, so
 that a slow engine does not hold up what else runs in threads. It is not thread-safe (docker-py#3229): a client is in
-one thread's hands for the length of a call. Each call ends by itself after a time, because that is the only thing which
-ends one: a call that has begun is never abandoned. A task that is cancelled meanwhile waits for its end, and so knows
-what there is to be cleaned up. Where a task is torn away all the same (asyncio's own ``Task.cancel`` minds no shield),
-a removal waits for the creation of the same name: a container that a forgotten thread still makes would be nobody's.
+one thread's hands for the length of a call. A call ends by itself after a time, because nothing else ends it; one that
+changes something is never abandoned before. A task that is cancelled meanwhile waits, and so knows what there is to be
+cleaned up. Where a task is torn away all the same (asyncio's own ``Task.cancel`` minds no shield), a removal waits for
+the creation of the same name: a container that a forgotten thread still makes would be nobody's.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ CALL_SECONDS: Final = 60.0
 """After that a call has failed. Twenty starts at once on a small machine take several seconds each."""
 
 REMOVE_ATTEMPTS: Final = 5
+ENDING_LOOKS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Image:
 
     id: str
     labels: Mapping[str, str]
-    env: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    volumes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +129,18 @@ class Engine:
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
-    async def call(self, function: Callable[[Any], T], what: str) -> T:
-        """Run ``function`` with a client of its own in a worker thread; ``what`` was wanted, for messages.
+    async def call(self, function: Callable[[Any], T], what: str, *, only_asks: bool = False) -> T:
+        """Run ``function`` with a client of its own in a worker thread; ``what`` was wanted, for messages. One that
+        ``only_asks`` may be left to itself by a caller that is cancelled.
 
         Raises:
             SandboxUnavailable: the engine cannot be asked, or has no such image.
             SandboxGone: there is no such container.
             SandboxError: the engine refuses.
         """
-        return await anyio.to_thread.run_sync(self._work, function, what, limiter=self._limiter)
+        return await anyio.to_thread.run_sync(
+            self._work, function, what, limiter=self._limiter, abandon_on_cancel=only_asks
+        )
 
     def _work(self, function: Callable[[Any], T], what: str) -> T:
         from docker.errors import APIError, DockerException
@@ -176,7 +182,8 @@ class Engine:
         """
         found: dict[str, Any] = await self.call(lambda client: client.inspect_image(name), f"asked for image {name}")
         config = found.get("Config") or {}
-        return Image(str(found["Id"]), config.get("Labels") or {}, config.get("Env") or ())
+        volumes = sorted(config.get("Volumes") or ())
+        return Image(str(found["Id"]), config.get("Labels") or {}, environment_of(config), volumes)
 
     async def create(self, name: str, spec: Mapping[str, Any]) -> None:
         """Create a container from the engine's own description of one."""
@@ -219,7 +226,28 @@ class Engine:
         Raises:
             SandboxGone: there is none.
         """
-        return await self.call(lambda client: client.inspect_container(name), f"asked for {name}")
+        return await self.call(lambda client: client.inspect_container(name), f"asked for {name}", only_asks=True)
+
+    async def ended(self, name: str) -> bool:
+        """Whether a container ends within the next moments."""
+        for _ in range(ENDING_LOOKS):
+            try:
+                if (await self.inspect(name))["State"]["Status"] not in ("running", "paused"):
+                    return True
+            except SandboxGone:
+                return True
+            await anyio.sleep(0.1)
+        return False
+
+    async def events(self, name: str, since: float) -> list[dict[str, Any]]:
+        """What became of a container since then (seconds since 1970), as far as the engine remembers; even of one that
+        is not there any more."""
+
+        def ask(client: Any) -> list[dict[str, Any]]:
+            wanted = {"type": "container", "container": name}
+            return list(client.events(since=int(since) - 1, until=f"{time.time():.6f}", filters=wanted, decode=True))
+
+        return await self.call(ask, f"asked what became of {name}", only_asks=True)
 
     async def containers(self, label: str) -> list[dict[str, Any]]:
         """All containers with a label (``name`` or ``name=value``), whatever their state."""
@@ -311,6 +339,11 @@ class Engine:
         """Whether such a process runs, and how it ended."""
         found: dict[str, Any] = await self.call(lambda client: client.exec_inspect(exec_id), "asked for a command")
         return ExecState(bool(found["Running"]), found["ExitCode"], int(found["Pid"] or 0))
+
+
+def environment_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The environment in an image's or a container's configuration."""
+    return dict(setting.partition("=")[::2] for setting in config.get("Env") or ())
 
 
 def _refused(error: APIError, what: str) -> SandboxError:

@@ -1,0 +1,212 @@
+"""What a sandbox's container is made from: the hardened description that the engine gets, and what runs first in it.
+
+Every line of ``container_spec`` closes something, and together they cost nothing measurable.
+
+The supervisor is the main process. To be attached to it takes another process in the container (``bridge``), and an
+exec for it costs the engine some 40 ms. The first bridge is spared that: it is a child of the main process, made before
+that becomes the supervisor, and has the main process's own input and output, to which the engine joins us before it
+starts the container. When we go away the engine closes its input, and it ends; the supervisor lives on. Who comes later
+execs a bridge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ridethrough.sandboxes import frames
+from ridethrough.sandboxes.engine import Image
+from ridethrough.sandboxes.profile import WORKSPACE, SandboxProfile
+
+ID_LABEL: Final = "ridethrough.sandbox"
+PROFILE_LABEL: Final = "ridethrough.profile"
+RUNTIME_LABEL: Final = "ridethrough.runtime"
+LINGER_LABEL: Final = "ridethrough.linger"
+MANNER_LABEL: Final = "ridethrough.manner"
+GIVEN_LABEL: Final = "ridethrough.labels"
+"""Names of the labels that the caller gave, as a list in JSON: an image's own labels are among a container's too."""
+
+SUPERVISOR_LABEL: Final = "ridethrough.supervisor"
+"""On an image: the digest of the supervisor that is in it."""
+
+RUN: Final = "/run/ridethrough"
+SOCKET: Final = f"{RUN}/s"
+BAKED: Final = "/opt/ridethrough/supervisor.pyc"
+
+SHM: Final = 16 * 2**20
+SHM_DESKTOP: Final = 256 * 2**20
+"""Shared memory: locks of Python's multiprocessing; pictures of a browser."""
+
+FILES: Final = 4096
+"""Descriptors of a process."""
+
+OOM_SCORE: Final = 300
+"""When the machine itself is out of memory, a sandbox goes before the host's own processes."""
+
+_BOOT: Final = """\
+import os, sys
+program, rest = sys.argv[1], sys.argv[2:]
+if program.endswith(".pyc"):
+    from importlib.machinery import SourcelessFileLoader
+    code = SourcelessFileLoader("__main__", program).get_code("__main__")
+else:
+    code = compile(program, "supervisor", "exec")
+if os.fork():
+    os.wait()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+else:
+    if os.fork():
+        os._exit(0)
+    import time
+    socket, end = rest[rest.index("--socket") + 1], time.monotonic() + 30
+    while not os.path.exists(socket) and time.monotonic() < end:
+        time.sleep(0.001)
+    rest = ["bridge", "--socket", socket]
+sys.argv = ["supervisor", *rest]
+exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
+"""
+"""The bridge is forked twice, so that it is no child of the supervisor, which ends what is below it."""
+
+PLAIN_MAIN: Final = """\
+echo held
+cat >/dev/null
+while :; do
+  sleep "$0"
+  read holder </run/ridethrough/holder && [ -d "/proc/$holder" ] || exit 0
+done
+"""
+"""Where no supervisor can run: waits until the first host has gone, then ends when no other one holds it for as long as
+it may linger."""
+
+PLAIN_HOLD: Final = "echo $$ >/run/ridethrough/holder; echo held; exec cat >/dev/null"
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How the supervisor comes to be in a container: it lies in the image, is sent along, or there is none."""
+
+    name: str
+    program: str = ""
+
+    @classmethod
+    def of(cls, image: Image) -> Manner:
+        """The best one for an image whose Python nobody has tried yet."""
+        if image.labels.get(SUPERVISOR_LABEL) == frames.SUPERVISOR_DIGEST:
+            return cls("baked", BAKED)
+        return cls("sent", frames.supervisor_source())
+
+    @classmethod
+    def named(cls, name: str) -> Manner:
+        """The one that a container has on its label."""
+        return {"baked": cls("baked", BAKED), "plain": PLAIN}.get(name) or cls("sent", frames.supervisor_source())
+
+    def main(self, profile: SandboxProfile, linger: float) -> Sequence[str]:
+        """The main process of a container."""
+        if not self.program:
+            return ["sh", "-c", PLAIN_MAIN, str(max(1, round(linger)))]
+        proxy = ["--proxy"] if profile.network else []
+        serve = ["serve", "--socket", SOCKET, "--workspace", WORKSPACE, "--tmp", "/tmp"]
+        return ["python3", "-I", "-c", _BOOT, self.program, *serve, "--linger", f"{linger:g}", *proxy]
+
+    def bridge(self) -> Sequence[str]:
+        """What joins a further host to it."""
+        if not self.program:
+            return ["sh", "-c", PLAIN_HOLD]
+        how = ["-I", self.program] if self.program == BAKED else ["-I", "-c", self.program]
+        return ["python3", *how, "bridge", "--socket", SOCKET]
+
+
+PLAIN: Final = Manner("plain")
+
+
+def container_name(id: str) -> str:
+    """A sandbox's container is found by its id alone, even one that was only half made; ids may have any characters."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", id):
+        return f"ridethrough-{id}"
+    return f"ridethrough-{hashlib.sha256(id.encode('utf-8', 'replace')).hexdigest()[:32]}"
+
+
+def labels_of(
+    id: str, profile: SandboxProfile, runtime: str, manner: Manner, linger: float, given: Mapping[str, str]
+) -> dict[str, str]:
+    """All labels of a container."""
+    return {
+        **given,
+        ID_LABEL: id,
+        PROFILE_LABEL: profile.name,
+        RUNTIME_LABEL: runtime,
+        LINGER_LABEL: f"{linger:g}",
+        MANNER_LABEL: manner.name,
+        GIVEN_LABEL: json.dumps(sorted(given)),
+    }
+
+
+def container_spec(
+    profile: SandboxProfile, image: Image, runtime: str, manner: Manner, linger: float, labels: Mapping[str, str]
+) -> dict[str, Any]:
+    """The engine's description of a sandbox's container: ``POST /containers/create``."""
+    argv = manner.main(profile, linger)
+    return {
+        "Image": image.id,
+        "Entrypoint": argv[:1],
+        "Cmd": argv[1:],
+        "User": f"{profile.user}:{profile.user}",
+        "WorkingDir": WORKSPACE,
+        "Hostname": "sandbox",
+        "NetworkDisabled": True,
+        "OpenStdin": True,
+        "StdinOnce": True,
+        "AttachStdin": True,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "StopTimeout": 1,
+        "Healthcheck": {"Test": ["NONE"]},
+        "Labels": dict(labels),
+        "HostConfig": {**_host_config(profile, runtime), "Mounts": [_closed(path) for path in image.volumes]},
+    }
+
+
+def _host_config(profile: SandboxProfile, runtime: str) -> dict[str, Any]:
+    return {
+        "AutoRemove": True,
+        "Runtime": runtime,
+        "Init": True,
+        "NetworkMode": "none",
+        "CapDrop": ["ALL"],
+        "SecurityOpt": ["no-new-privileges"],
+        "ReadonlyRootfs": True,
+        "IpcMode": "private",
+        "ShmSize": SHM_DESKTOP if profile.desktop else SHM,
+        "CgroupnsMode": "private",
+        "Memory": profile.memory,
+        "MemorySwap": profile.memory,
+        "NanoCpus": round(profile.cpus * 1e9),
+        "PidsLimit": profile.pids,
+        "OomScoreAdj": OOM_SCORE,
+        "LogConfig": {"Type": "none"},
+        "Ulimits": [
+            {"Name": "core", "Soft": 0, "Hard": 0},
+            {"Name": "nofile", "Soft": FILES, "Hard": FILES},
+        ],
+        "Tmpfs": {
+            WORKSPACE: _tmpfs(profile, profile.disk, "0755", "exec"),
+            "/tmp": _tmpfs(profile, profile.disk, "0700", "exec"),
+            RUN: _tmpfs(profile, 64 * 1024, "0700", "noexec"),
+        },
+    }
+
+
+def _closed(path: str) -> dict[str, Any]:
+    """Nothing, in place of a volume that an image asks for: it would be on the host's disk, and without a limit."""
+    return {"Type": "tmpfs", "Target": path, "ReadOnly": True, "TmpfsOptions": {"SizeBytes": 4096}}
+
+
+def _tmpfs(profile: SandboxProfile, size: int, mode: str, exec: str) -> str:
+    return f"rw,{exec},nosuid,nodev,size={size},mode={mode},uid={profile.user},gid={profile.user}"
