@@ -471,7 +471,7 @@ class AttachedSandbox(Sandbox):
             SandboxTimeout: its deadline has passed.
         """
         self._forget_own(command)
-        if reply.flag("survivors"):
+        if reply.number("survivors", 0):
             await self._distrust(command)
         if reply.flag("timeout"):
             raise SandboxTimeout(

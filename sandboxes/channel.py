@@ -284,6 +284,7 @@ class Channel:
         for tunnel in self._tunnels.values():
             tunnel.cut()
         self._greeted.set()
+        self._outbox.close()
         if self._group is not None:
             self._group.cancel_scope.cancel()
 
@@ -351,7 +352,9 @@ class Channel:
             SandboxError: it is too long for a frame.
             SandboxGone: there is no supervisor any more.
         """
-        await self._outbox.room()
+        while self._reason is None and (emptied := self._outbox.emptied()) is not None:
+            if not await self.patience(ANSWER_SECONDS).wait(emptied):
+                raise await self.stuck(op, ANSWER_SECONDS)
         return self.post(op, fields, body, sink=sink)
 
     def post(
@@ -662,9 +665,13 @@ class _Outbox:
         self._size += len(frame)
         self._filled.set()
 
-    async def room(self) -> None:
-        while self._size > OUTBOX:
-            await self._emptied.wait()
+    def emptied(self) -> anyio.Event | None:
+        """Set when some were sent; ``None`` if there is room now."""
+        return self._emptied if self._size > OUTBOX else None
+
+    def close(self) -> None:
+        """Let nobody wait for room any more."""
+        self._emptied.set()
 
     async def take(self) -> bytes:
         """All that waits, up to about 256 KiB, in one piece: small frames cost one system call together."""
