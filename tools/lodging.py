@@ -353,7 +353,7 @@ class Lodging(Companion):
             "live": True,
             "key": "",
             "created_at": now,
-            "expires_at": now + self.config.sandbox_lease_seconds,
+            "expires_at": now + self._unbound_seconds,
         }
         store = self.worker.store
         await self.worker.journal.do(lambda connection: store.insert_sandbox(connection, row))
@@ -475,12 +475,20 @@ class Lodging(Companion):
 
     async def _renew(self) -> None:
         held = [berth.sandbox.id for berth in self._berths.values() if berth.sandbox is not None]
-        for quarters in self._quarters.values():
-            held += quarters.pool.ids() if quarters.pool is not None else []
-        if held:
-            store, expires = self.worker.store, self._now() + self.config.sandbox_lease_seconds
-            me = self.worker.worker_id
-            await self.worker.journal.do(lambda connection: store.renew_sandboxes(connection, held, me, expires))
+        ready = [id for quarters in self._quarters.values() if quarters.pool is not None for id in quarters.pool.ids()]
+        store, me, now = self.worker.store, self.worker.worker_id, self._now()
+
+        def renew(connection: Connection) -> None:
+            store.renew_sandboxes(connection, held, me, now + self.config.sandbox_lease_seconds)
+            store.renew_sandboxes(connection, ready, me, now + self._unbound_seconds)
+
+        if held or ready:
+            await self.worker.journal.do(renew)
+
+    @property
+    def _unbound_seconds(self) -> float:
+        """The lease of what no run has yet: nothing in it is worth waiting for its worker."""
+        return 3 * self.config.reaper_seconds
 
     async def _reap_host(self, host: Host) -> int:
         store, now = self.worker.store, self._now()
