@@ -53,6 +53,7 @@ from ridethrough.runtime.router.messages import (
     Usage,
     UserMessage,
 )
+from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waking import latest
 from ridethrough.tools.call import (
     Limiters,
@@ -63,7 +64,7 @@ from ridethrough.tools.call import (
     recorded_result,
     refuse_call,
 )
-from ridethrough.tools.catalogue import SEARCH_TOOL
+from ridethrough.tools.catalogue import SEARCH_TOOL, Catalogue
 from ridethrough.tools.output import READ_TOOL, cap_output, render_output
 from ridethrough.tools.schema import ArgumentsInvalid, OutputInvalid, validate_output
 from ridethrough.tools.tool import Tool, tool
@@ -505,7 +506,7 @@ class Conversation:
 
         async def call(_path: str, _outcome: Outcome) -> list[str]:
             used = [name for name in dict.fromkeys(reversed(said)) if name in agent.tools_by_name]
-            fitting = agent.catalogue.search(self._input_text(), search.show)
+            fitting = (await _catalogue_of(agent)).search(self._input_text(), search.show)
             return list(dict.fromkeys([*search.always_names, *used[: search.show], *fitting]))
 
         names = await self.execution.perform(self.branch, "tools", "function", agent.name, _NAMES, call)
@@ -522,7 +523,7 @@ class Conversation:
         started, failure = execution.services.clock.now(), None
         try:
             query = search_tools.parameters.parse(arguments)["query"]
-            result = _found_tools(self.agent, query)
+            result = _found_tools(self.agent, await _catalogue_of(self.agent), query)
         except ArgumentsInvalid as error:
             result, failure = ToolResult(content=storable(preview(str(error), 2000)), is_error=True), error
         outcome = Outcome(agent=self.agent.name)
@@ -781,12 +782,19 @@ async def search_tools(query: str) -> str:
 SEARCH_SPEC = spec_of(search_tools)
 
 
-def _found_tools(agent: Agent[Any], query: str) -> ToolResult:
+async def _catalogue_of(agent: Agent[Any]) -> Catalogue:
+    """The agent's index. It is made once, in a thread: of a thousand tools it takes 20 ms, of more it takes more."""
+    if "catalogue" in vars(agent):
+        return agent.catalogue
+    return await run_in_thread(lambda: agent.catalogue)
+
+
+def _found_tools(agent: Agent[Any], catalogue: Catalogue, query: str) -> ToolResult:
     """The answer to a search, with the names that were found as its value."""
     assert agent.tool_search is not None
-    names = agent.catalogue.search(query, agent.tool_search.show)
+    names = catalogue.search(query, agent.tool_search.show)
     if not names:
-        begin = ", ".join(agent.catalogue.families())
+        begin = ", ".join(catalogue.families())
         text = f"No tool fits {preview(query, 200)!r}. Say it in other words. Names of tools begin with: {begin}."
         return ToolResult(content=storable(text), value="[]")
     lines = [f"- {name}: {preview(' '.join(agent.tools_by_name[name].description.split()), 200)}" for name in names]
