@@ -31,7 +31,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -50,9 +50,6 @@ Say = Callable[[str], None]
 
 SUITE: Final = "bookworm"
 PULLED: Final = f"debian:{SUITE}-slim"
-ROOT: Final = f"ridethrough/base:{SUITE}"
-"""The root by its name here, wherever it came from."""
-
 RECIPE_LABEL: Final = "ridethrough.recipe"
 SUPERVISOR_LABEL: Final = "ridethrough.supervisor"
 PACKAGES_LABEL: Final = "ridethrough.packages"
@@ -86,6 +83,8 @@ class Recipe:
     layers: tuple[tuple[str, ...], ...]
     """Packages, layer by layer; recipes with the same first layers share them."""
     about: str
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further files, by their paths."""
 
     @property
     def repository(self) -> str:
@@ -100,9 +99,33 @@ _DESKTOP: Final = (
     *("chromium", "fonts-dejavu-core", "python3-pil", "python3-xlib"),
 )
 
+# Who works in the browser is a program; nobody is to be asked, greeted or offered anything.
+_POLICIES: Final = json.dumps(
+    {
+        "CommandLineFlagSecurityWarningsEnabled": False,
+        "BrowserSignin": 0,
+        "SyncDisabled": True,
+        "MetricsReportingEnabled": False,
+        "DefaultBrowserSettingEnabled": False,
+        "PasswordManagerEnabled": False,
+        "TranslateEnabled": False,
+        "PromotionsEnabled": False,
+        "AutofillAddressEnabled": False,
+        "AutofillCreditCardEnabled": False,
+        "HomepageLocation": "about:blank",
+        "NewTabPageLocation": "about:blank",
+    },
+    indent=1,
+)
+
 RECIPES: Final[Mapping[str, Recipe]] = {
     "python": Recipe("python", (_PYTHON,), "Python, git, ripgrep, curl"),
-    "desktop": Recipe("desktop", (_PYTHON, _DESKTOP), "the same, a display and Chromium"),
+    "desktop": Recipe(
+        "desktop",
+        (_PYTHON, _DESKTOP),
+        "the same, a display and Chromium",
+        {"/etc/chromium/policies/managed/ridethrough.json": _POLICIES},
+    ),
 }
 
 # The root is written to once and thrown away if anything goes wrong: waiting for the disk after each file of each
@@ -151,6 +174,10 @@ tar -C "$1" --numeric-owner --one-file-system -cf "$2" .
 """
 
 
+ROOT: Final = f"ridethrough/base:{SUITE}-{hashlib.sha256(_BOOTSTRAP.encode()).hexdigest()[:8]}"
+"""The root by its name here, wherever it came from; another way to make one makes another."""
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """An image that is there now.
@@ -183,7 +210,7 @@ def recipe_digest(name: str, base: str | None = None) -> str:
         ConfigError: there is no such recipe.
     """
     recipe = _recipe(name)
-    parts = [_dockerfile(recipe, base or ROOT), _BOOTSTRAP, _DPKG, _APT, supervisor_source()]
+    parts = [_dockerfile(recipe, base or ROOT), _DPKG, _APT, *recipe.files.values(), supervisor_source()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -244,6 +271,7 @@ def _dockerfile(recipe: Recipe, root: str) -> str:
             "COPY dpkg.cfg /etc/dpkg/dpkg.cfg.d/ridethrough",
             "COPY apt.conf /etc/apt/apt.conf.d/99ridethrough",
             *[f"RUN {install}" for install in installs],
+            *[f"COPY files/{Path(path).name} {path}" for path in recipe.files],
             f"RUN {_FINISH}",
             f"COPY supervisor.py {HOME}/supervisor.py",
             f"RUN {_COMPILE}",
@@ -367,6 +395,7 @@ class _Builder:
             "dpkg.cfg": _DPKG,
             "apt.conf": _APT,
             "supervisor.py": supervisor_source(),
+            **{f"files/{Path(path).name}": text for path, text in recipe.files.items()},
         }
         built = await self._build(files, fresh=force, what=recipe.repository)
         packages = hashlib.sha256(await self._packages(built)).hexdigest()
@@ -424,14 +453,14 @@ class _Builder:
         def clear(client: Any) -> None:
             from docker.errors import APIError
 
-            for tag in [tag for each in client.images(recipe.repository) for tag in each.get("RepoTags") or ()]:
-                if client.inspect_image(tag)["Id"] != kept:
-                    client.remove_image(tag)  # a name only, where containers use it
+            old = [tag for each in client.images(recipe.repository) for tag in each.get("RepoTags") or ()]
+            old = [tag for tag in old if client.inspect_image(tag)["Id"] != kept]
             for each in client.images(filters={"dangling": True}):
-                left = OURS in (each.get("Labels") or ()) and each["Created"] < limit
-                if left or each["Id"] == before:
-                    with contextlib.suppress(APIError):
-                        client.remove_image(each["Id"])
+                if each["Id"] == before or (OURS in (each.get("Labels") or ()) and each["Created"] < limit):
+                    old.append(each["Id"])
+            for image in old:
+                with contextlib.suppress(APIError):
+                    client.remove_image(image)
 
         await self.engine.call(clear, "asked to remove old images")
 
