@@ -103,12 +103,19 @@ class LocalHost(Host):
         """
         _log.warning("local sandboxes are no security boundary: what runs in them runs as you, on this machine")
         folder = await _in_thread(lambda: _runtime_folder(runtime))
+        failure: BaseException | None = None
         async with anyio.create_task_group() as group:
             host = cls(group, folder, relay_for)
             try:
                 yield host
+            except anyio.get_cancelled_exc_class():
+                raise
+            except BaseException as error:  # out of the group as it is, not in a group of its own
+                failure = error
             finally:
                 await host.aclose()
+        if failure is not None:
+            raise failure
 
     # --- the port ---------------------------------------------------------------------------------------------------
 
