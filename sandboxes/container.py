@@ -11,11 +11,14 @@ execs a bridge.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from ridethrough.sandboxes import frames
@@ -50,29 +53,30 @@ OOM_SCORE: Final = 300
 _BOOT: Final = """\
 import os, sys
 program, rest = sys.argv[1], sys.argv[2:]
+names = {"__name__": "supervisor"}
 if program.endswith(".pyc"):
     from importlib.machinery import SourcelessFileLoader
-    code = SourcelessFileLoader("__main__", program).get_code("__main__")
+    names["__file__"] = program[:-1]
+    exec(SourcelessFileLoader("supervisor", program).get_code("supervisor"), names)
 else:
-    code = compile(program, "supervisor", "exec")
-if os.fork():
+    import base64, zlib
+    source = zlib.decompress(base64.b64decode(program))
+    exec(compile(source, "supervisor.py", "exec"), names)
+    names["own_source"] = lambda: source
+if rest[0] == "serve" and os.fork():
     os.wait()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-else:
+elif rest[0] == "serve":
     if os.fork():
         os._exit(0)
-    import time
-    socket, end = rest[rest.index("--socket") + 1], time.monotonic() + 30
-    while not os.path.exists(socket) and time.monotonic() < end:
-        time.sleep(0.001)
-    rest = ["bridge", "--socket", socket]
-sys.argv = ["supervisor", *rest]
-exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
+    rest = ["bridge", *rest[1:3], "--wait", "30"]
+sys.exit(names["main"](rest))
 """
-"""The bridge is forked twice, so that it is no child of the supervisor, which ends what is below it."""
+"""Runs the supervisor, compiled or as a text that was sent along. The bridge beside it is forked twice, so that it is
+no child of the supervisor, which ends what is below it."""
 
 PLAIN_MAIN: Final = """\
 echo held
@@ -100,30 +104,37 @@ class Manner:
         """The best one for an image whose Python nobody has tried yet."""
         if image.labels.get(SUPERVISOR_LABEL) == frames.SUPERVISOR_DIGEST:
             return cls("baked", BAKED)
-        return cls("sent", frames.supervisor_source())
+        return cls("sent", _sent())
 
     @classmethod
     def named(cls, name: str) -> Manner:
         """The one that a container has on its label."""
-        return {"baked": cls("baked", BAKED), "plain": PLAIN}.get(name) or cls("sent", frames.supervisor_source())
+        return {"baked": cls("baked", BAKED), "plain": PLAIN}.get(name) or cls("sent", _sent())
 
     def main(self, profile: SandboxProfile, linger: float) -> Sequence[str]:
         """The main process of a container."""
         if not self.program:
             return ["sh", "-c", PLAIN_MAIN, str(max(1, round(linger)))]
         proxy = ["--proxy"] if profile.network else []
-        serve = ["serve", "--socket", SOCKET, "--workspace", WORKSPACE, "--tmp", "/tmp"]
-        return ["python3", "-I", "-c", _BOOT, self.program, *serve, "--linger", f"{linger:g}", *proxy]
+        return self._run("serve", "--workspace", WORKSPACE, "--tmp", "/tmp", "--linger", f"{linger:g}", *proxy)
 
     def bridge(self) -> Sequence[str]:
         """What joins a further host to it."""
         if not self.program:
             return ["sh", "-c", PLAIN_HOLD]
-        how = ["-I", self.program] if self.program == BAKED else ["-I", "-c", self.program]
-        return ["python3", *how, "bridge", "--socket", SOCKET]
+        return self._run("bridge")
+
+    def _run(self, what: str, *options: str) -> Sequence[str]:
+        return ["python3", "-I", "-S", "-c", _BOOT, self.program, what, "--socket", SOCKET, *options]
 
 
 PLAIN: Final = Manner("plain")
+
+
+@lru_cache(maxsize=1)
+def _sent() -> str:
+    """The supervisor's text as an argument: the kernel takes 128 KiB for each, so it is packed."""
+    return base64.b64encode(zlib.compress(frames.supervisor_source().encode(), 9)).decode()
 
 
 def container_name(id: str) -> str:

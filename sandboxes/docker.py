@@ -70,6 +70,7 @@ class DockerHost(Host):
     engine: Engine
     _group: TaskGroup
     _relay_for: RelayFor | None = None
+    _labels: Mapping[str, str] = field(default_factory=dict[str, str])
     name: str = ""
     boundary: bool = True
     _plain: set[str] = field(default_factory=set[str], repr=False)
@@ -77,12 +78,19 @@ class DockerHost(Host):
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, relay_for: RelayFor | None = None, *, url: str | None = None) -> AsyncGenerator[DockerHost]:
+    async def open(
+        cls,
+        relay_for: RelayFor | None = None,
+        *,
+        url: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[DockerHost]:
         """A host on the engine at ``url``, or where ``DOCKER_HOST`` says.
 
         Args:
             relay_for: Gives the way out of a sandbox whose profile has a network.
             url: The engine's address.
+            labels: Put on each container.
 
         Raises:
             SandboxUnavailable: it does not answer, with what to do.
@@ -90,7 +98,7 @@ class DockerHost(Host):
         """
         async with Engine.open(url) as engine:
             async with anyio.create_task_group() as group:
-                host = cls(engine, group, relay_for, f"docker:{engine.id}")
+                host = cls(engine, group, relay_for, dict(labels or {}), f"docker:{engine.id}")
                 try:
                     yield host
                 finally:
@@ -117,7 +125,7 @@ class DockerHost(Host):
         runtime, proof = await runtime_for(self.engine, profile, self)
         image = await self.engine.image(profile.image)
         manner = PLAIN if image.id in self._plain else Manner.of(image)
-        order = _Order(id, profile, image, runtime, linger, dict(labels or {}), proof)
+        order = _Order(id, profile, image, runtime, linger, {**self._labels, **(labels or {})}, proof)
         try:
             return await self._made(order, manner)
         except _NoPython as error:
