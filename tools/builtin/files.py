@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Final
 
 from pydantic import Field
@@ -57,13 +58,14 @@ async def read_file(
     sandbox: Sandbox = ctx.sandbox
     shown: list[str] = []
     number = size = 0
-    async for number, line in _lines(sandbox, path):
-        if number < offset:
-            continue
-        if len(shown) == limit or size > SHOWN:
-            return "\n".join(shown) + f"\n[there is more: read on with offset={number}]"
-        shown.append(f"{number:>6}\t{_narrow(line)}")
-        size += len(shown[-1])
+    async with aclosing(_lines(sandbox, path)) as lines:
+        async for number, line in lines:
+            if number < offset:
+                continue
+            if len(shown) == limit or size > SHOWN:
+                return "\n".join(shown) + f"\n[there is more: read on with offset={number}]"
+            shown.append(f"{number:>6}\t{_narrow(line)}")
+            size += len(shown[-1])
     return "\n".join(shown) if shown else _nothing_shown(path, number, offset)
 
 
@@ -78,7 +80,7 @@ def _narrow(line: bytes) -> str:
     return text if len(text) <= WIDEST else f"{text[:WIDEST]} [... {len(text) - WIDEST} characters more]"
 
 
-async def _lines(sandbox: Sandbox, path: str) -> AsyncIterator[tuple[int, bytes]]:
+async def _lines(sandbox: Sandbox, path: str) -> AsyncGenerator[tuple[int, bytes]]:
     """The lines of a file with their numbers, without their ends.
 
     Raises:
@@ -173,16 +175,18 @@ async def list_files(ctx: ToolContext, path: str = ".", pattern: str = "") -> st
     sandbox: Sandbox = ctx.sandbox
     wanted = _parts(pattern)
     found: list[str] = []
-    async for entry in _entries(sandbox, path, recursive=bool(wanted)):
-        if wanted and (entry.kind == "directory" or not fits(_below(path, entry.path), wanted)):
-            continue
-        if len(found) == MOST_LISTED:
-            return "\n".join(found) + f"\n[there are more; the first {MOST_LISTED} are shown: give a path or a pattern]"
-        found.append(_entry(entry))
+    async with aclosing(_entries(sandbox, path, recursive=bool(wanted))) as entries:
+        async for entry in entries:
+            if wanted and (entry.kind == "directory" or not fits(_below(path, entry.path), wanted)):
+                continue
+            if len(found) == MOST_LISTED:
+                more = f"[there are more; the first {MOST_LISTED} are shown: give a path or a pattern]"
+                return "\n".join((*found, more))
+            found.append(_entry(entry))
     return "\n".join(found) or (f"No file fits {pattern!r}." if wanted else f"({path} is empty)")
 
 
-async def _entries(sandbox: Sandbox, path: str, recursive: bool) -> AsyncIterator[FileInfo]:
+async def _entries(sandbox: Sandbox, path: str, recursive: bool) -> AsyncGenerator[FileInfo]:
     after, seen = "", 0
     while True:
         listing = await sandbox.list(path, recursive=recursive, after=after)

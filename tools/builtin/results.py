@@ -47,9 +47,8 @@ def _ended_by(result: ExecResult, profile: SandboxProfile) -> str:
     if result.limit == "pids":
         return f"[ended: it started more than the {profile.pids} processes and threads that the sandbox may have]"
     if result.limit == "disk":
-        return (
-            f"[the disk of {_size(profile.disk)} was full: remove files, or write less; exit status {result.exit_code}]"
-        )
+        full = f"the disk of {_size(profile.disk)} was full; remove files, or write less"
+        return f"[exit status {result.exit_code}: {full}]"
     if result.limit == "output":
         return "[ended: it wrote more output than is allowed; write it to a file and look at parts of it]"
     return f"[exit status {result.exit_code}]" if result.exit_code else ""

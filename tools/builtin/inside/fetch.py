@@ -121,6 +121,8 @@ def fetch(url: str, limit: int, timeout: float) -> dict[str, Any]:
     try:
         answer = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
+        if error.code in (301, 302, 303, 307, 308):  # to a file, or in a circle
+            return {"error": str(error.reason)}
         answer = error
     with answer:
         data = answer.read(limit + 1)
