@@ -454,7 +454,7 @@ class Conversation:
                 target = target or targets[call.name]
             result = results[index]
             self._append(
-                ToolMessage(tool_call_id=call.id, name=call.name, content=result.content, is_error=result.is_error)
+                ToolMessage(tool_call_id=call.id, name=call.name, content=result.shown, is_error=result.is_error)
             )
         self._load_tools(message.tool_calls, results)
         self._offer_artifacts(results.values())

@@ -50,14 +50,14 @@ from ridethrough.runtime.payload import (
     result_codec,
     storable,
 )
-from ridethrough.runtime.router.messages import Usage
+from ridethrough.runtime.router.messages import Content, ImagePart, TextPart, Usage
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.runtime.waiting import Question, receive
 from ridethrough.runtime.workflow import backoff
 from ridethrough.tools.berth import CallBerth
 from ridethrough.tools.context import ToolContext
 from ridethrough.tools.faults import FAULTS, Called
-from ridethrough.tools.output import cap_output, render_output
+from ridethrough.tools.output import cap_output, render_output, split_images
 from ridethrough.tools.schema import ArgumentsInvalid
 from ridethrough.tools.tool import Tool, ToolCall
 
@@ -83,6 +83,15 @@ class ToolResult(BaseModel):
     usage: Usage | None = None
     """What an agent in the place of a tool has consumed."""
     cost_usd: float | None = None
+    images: tuple[ImagePart, ...] = ()
+    """Pictures that come with ``content``."""
+
+    @property
+    def shown(self) -> Content:
+        """What the model is given: the text, and the pictures behind it."""
+        if not self.images:
+            return self.content
+        return (*((TextPart(text=self.content),) if self.content else ()), *self.images)
 
 
 class Verdict(BaseModel):
@@ -443,14 +452,14 @@ class _Call:
 
     async def _shown(self, value: Any) -> ToolResult:
         """The output as the model sees it; the whole is kept where it is longer."""
-        value = value.value if isinstance(value, _Known) else value
+        value, images = split_images(value.value if isinstance(value, _Known) else value)
         text = await _render(value, self.tool.name)
         if len(text) <= self.tool.max_output:
-            return ToolResult(content=text)
+            return ToolResult(content=text, images=images)
         data = text.encode("utf-8", "surrogatepass")[:ARTIFACT_LIMIT]
         self.outcome.artifact = data
         handle = content_hash(data)
-        return ToolResult(content=cap_output(text, self.tool.max_output, handle)[0], artifact=handle)
+        return ToolResult(content=cap_output(text, self.tool.max_output, handle)[0], artifact=handle, images=images)
 
     def _announce_start(self, arguments: dict[str, Any], progress: str | None = None) -> None:
         if self.execution.watchers:

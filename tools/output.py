@@ -1,23 +1,58 @@
-"""What a tool returned, as text that a model can read.
+"""What a tool returned, as text that a model can read, and pictures that it can see.
 
 Text is what every provider accepts as a tool's answer, so each value becomes text once, here, and the same text is
 stored and sent. A long answer keeps its head and its tail, because logs and listings carry their point at either end;
-the note between them says how to read what is missing.
+the note between them says how to read what is missing. A picture is an ``Image``, alone or in a list with text.
 """
 
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from typing import Any, Final
 
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
 from ridethrough.runtime.errors import SerializationError
+from ridethrough.runtime.router.messages import ImagePart
 
 READ_TOOL: Final = "read_artifact"
 """The name of the tool that the note tells a model to use."""
 
 HEAD_SHARE: Final = 2 / 3
+
+LARGEST_IMAGE: Final = 3_750_000
+"""Bytes of a picture: 5 MB in base64, which is what providers take."""
+
+
+class Image(BaseModel):
+    """A picture for the model: what a tool returns, or one of the items of a list that it returns.
+
+    Attributes:
+        data: The file's bytes, at most ``LARGEST_IMAGE``.
+        media_type: ``image/jpeg``, ``image/png``, ``image/gif`` or ``image/webp``.
+    """
+
+    model_config = ConfigDict(frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
+
+    data: bytes = Field(max_length=LARGEST_IMAGE, repr=False)
+    media_type: str = "image/jpeg"
+
+
+def split_images(value: Any) -> tuple[Any, tuple[ImagePart, ...]]:
+    """What of an output is to become text, and its pictures; the texts of a list with pictures become one."""
+    if isinstance(value, Image):
+        return "", (_part(value),)
+    if not isinstance(value, list | tuple) or not any(isinstance(each, Image) for each in value):
+        return value, ()
+    others = [each for each in value if not isinstance(each, Image)]
+    text = "\n".join(others) if all(isinstance(each, str) for each in others) else others
+    return text, tuple(_part(each) for each in value if isinstance(each, Image))
+
+
+def _part(image: Image) -> ImagePart:
+    return ImagePart(data=b64encode(image.data).decode("ascii"), media_type=image.media_type)
 
 
 def render_output(value: Any, tool: str = "") -> str:

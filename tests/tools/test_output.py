@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import math
 import time
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from ridethrough.runtime.errors import SerializationError
-from ridethrough.tools.output import READ_TOOL, cap_output, render_output
+from ridethrough.tools.output import READ_TOOL, Image, cap_output, render_output, split_images
 
 
 class Model(BaseModel):
@@ -105,3 +106,34 @@ def test_fifty_megabytes() -> None:
     shown, _ = cap_output(render_output(text), 20_000, "h")
     assert time.process_time() - began < 0.05
     assert len(shown) < 20_200
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+PNG = b"\x89PNG\r\n\x1a\n\xff"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "count"),
+    [
+        (Image(data=PNG), "", 1),
+        (["before", Image(data=PNG), "after", Image(data=PNG)], "before\nafter", 2),
+        ((1, Image(data=PNG)), [1], 1),
+        (["no", "picture"], ["no", "picture"], 0),
+        ("text", "text", 0),
+    ],
+)
+def test_pictures_are_told_from_text(value: Any, text: Any, count: int) -> None:
+    rest, images = split_images(value)
+    assert rest == text
+    assert [(base64.b64decode(each.data or ""), each.media_type) for each in images] == [(PNG, "image/jpeg")] * count
+
+
+def test_a_picture_that_no_provider_takes_is_refused() -> None:
+    with pytest.raises(ValueError, match="3750000"):
+        Image(data=b"x" * 3_750_001)
+
+
+def test_a_picture_survives_json() -> None:
+    image = Image(data=PNG, media_type="image/png")
+    assert Image.model_validate_json(image.model_dump_json()) == image
