@@ -44,6 +44,8 @@ Action = Literal[
     "open",
 ]
 Direction = Literal["up", "down", "left", "right"]
+Place = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""Not a tuple: its schema has no ``items``, without which some providers refuse an array."""
 
 TIMEOUT: Final = 180.0
 LONGEST_WAIT: Final = 60.0
@@ -95,16 +97,26 @@ def computer_tool(*, width: int = 1280, height: int = 800, name: str = "computer
     async def computer(
         action: Action,
         ctx: ToolContext,
-        coordinate: tuple[int, int] | None = None,
+        coordinate: Place | None = None,
         text: str | None = None,
-        start_coordinate: tuple[int, int] | None = None,
+        start_coordinate: Place | None = None,
         scroll_direction: Direction | None = None,
         scroll_amount: Annotated[int, Field(ge=0, le=100)] = 3,
         duration: Annotated[float, Field(ge=0, le=LONGEST_WAIT)] = 1.0,
-        region: tuple[int, int, int, int] | None = None,
+        region: Annotated[list[int], Field(min_length=4, max_length=4)] | None = None,
     ) -> list[str | Image]:
-        """See docstring below."""
-        asked = Asked(action, coordinate, text, start_coordinate, scroll_direction, scroll_amount, duration, region)
+        asked = _understood(
+            {
+                "action": action,
+                "coordinate": coordinate,
+                "text": text,
+                "start_coordinate": start_coordinate,
+                "scroll_direction": scroll_direction,
+                "scroll_amount": scroll_amount,
+                "duration": duration,
+                "region": region,
+            }
+        )
         screen = await _screen(ctx, width, height)
         return await _answered(screen, asked, quality)
 
@@ -309,7 +321,7 @@ def _per_notch(pixels: int) -> int:
 _OPENAI: Final[Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "screenshot": lambda action: {"action": "screenshot"},
     "click": lambda action: {
-        "action": _CLICKS.get(action.get("button", "left"), "left_click"),
+        "action": _CLICKS[action.get("button", "left")],
         "coordinate": _at(action),
         **_held(action),
     },
@@ -328,4 +340,4 @@ def _understood(asked: Mapping[str, Any]) -> Asked:
     unknown = set(words) - {each.name for each in fields(Asked)}
     if words["action"] not in get_args(Action) or unknown:
         raise ToolFailed(f"there is no action {words['action']!r} with {sorted(unknown)}; known: {get_args(Action)}")
-    return Asked(**words)
+    return Asked(**{name: tuple(value) if isinstance(value, list) else value for name, value in words.items()})
