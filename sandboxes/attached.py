@@ -86,10 +86,6 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
 SNAPSHOT_SECONDS: Final = 120.0
 """How long packing or unpacking a workspace may take."""
 
-_PROXIED: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), PROXY),
-    **dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1"),
-}
 _KINDS: Final[Mapping[str, Literal["file", "directory", "link", "other"]]] = {
     "file": "file",
     "directory": "directory",
@@ -151,6 +147,7 @@ async def attach_to(
     relay: Relay | None = None,
     workspace: str = WORKSPACE,
     environment: Mapping[str, str] = ENVIRONMENT,
+    proxy: str = PROXY,
 ) -> AttachedSandbox:
     """Greet the supervisor at the other end of ``stream``, and make a sandbox of it whose tasks live in ``group``.
 
@@ -166,6 +163,7 @@ async def attach_to(
         relay: Serves what goes out through the proxy.
         workspace: Its folder of work, as it is called inside.
         environment: Of every call, before the profile's.
+        proxy: Where the way out is inside, for a profile with a network.
 
     Raises:
         SandboxGone: no supervisor answers; ``stream`` is closed.
@@ -179,7 +177,7 @@ async def attach_to(
         await channel.aclose()
         raise
     sandbox = AttachedSandbox(id, profile, channel, boundary=boundary, runtime=runtime, hold=hold, workspace=workspace)
-    sandbox.environment = {**environment, "HOME": workspace, **(_PROXIED if profile.network else {}), **profile.env}
+    sandbox.environment = {**environment, "HOME": workspace, **_way_out(profile, proxy), **profile.env}
     sandbox.known_calls, sandbox.clean = calls, reply.flag("clean")
     return sandbox
 
@@ -281,7 +279,7 @@ class AttachedSandbox(Sandbox):
             argv, timeout, env, cwd=cwd, call_id=call_id, stdin_open=stdin, background=True, limit=UNLIMITED
         )
         await self.begin(command)
-        return RunningProcess(self, command)
+        return RunningProcess(self, replace(command, own=False))
 
     def python(self, *, env: Mapping[str, str] | None = None) -> AbstractAsyncContextManager[Session]:
         """As ``Sandbox.python``."""
@@ -795,6 +793,14 @@ class RunningProcess(Process):
     async def wait(self) -> ExecResult:
         """As ``Process.wait``."""
         return await self._sandbox.collect(self.command)
+
+
+def _way_out(profile: SandboxProfile, proxy: str) -> dict[str, str]:
+    """What tells programs of the proxy, where there is one."""
+    if not profile.network:
+        return {}
+    names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    return {**dict.fromkeys(names, proxy), **dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1")}
 
 
 def _calls(reply: Frame) -> dict[str, Literal["running", "done"]]:

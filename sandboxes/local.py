@@ -63,7 +63,7 @@ _State = Literal["created", "running", "paused", "exited"]
 @dataclass(frozen=True, slots=True)
 class Local:
     """What is on record of a local sandbox; ``born`` is when its shell was started, in the kernel's count, so that
-    another process of the same number is not taken for it."""
+    another process of the same number is not taken for it. ``port`` is where its proxy listens, if it has one."""
 
     id: str
     profile: str
@@ -71,6 +71,7 @@ class Local:
     tag: str
     linger: float
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    port: int = 0
     pid: int = 0
     born: int = 0
 
@@ -128,7 +129,8 @@ class LocalHost(Host):
         linger: float = 30.0,
     ) -> AttachedSandbox:
         """As ``Host.create``."""
-        local = Local(id, profile.name, time.time(), secrets.token_hex(8), linger, dict(labels or {}))
+        port = await _in_thread(_free_port) if profile.network else 0
+        local = Local(id, profile.name, time.time(), secrets.token_hex(8), linger, dict(labels or {}), port)
         folder = self._folder(id)
         try:
             started = await _in_thread(lambda: _start(folder, local))
@@ -193,6 +195,7 @@ class LocalHost(Host):
             relay=self._relay_for(profile, local.id) if self._relay_for is not None and profile.network else None,
             workspace=str(folder / "workspace"),
             environment=_environment(folder),
+            proxy=f"http://127.0.0.1:{local.port}",
         )
         sandbox.python_argv = (sys.executable,)
         self._attached[local.id] = sandbox
@@ -296,8 +299,9 @@ def _start(folder: Path, local: Local) -> Local:
         (folder / name).mkdir(mode=0o700)
     _write(folder, local)
     serve = ["serve", "--local", "--socket", str(folder / "socket"), "--linger", str(local.linger)]
-    folders = ["--workspace", str(folder / "workspace"), "--tmp", str(folder / "tmp"), "--proxy"]
-    supervisor = [sys.executable, "-I", str(Path(frames.__file__).with_name("supervisor.py")), *serve, *folders]
+    folders = ["--workspace", str(folder / "workspace"), "--tmp", str(folder / "tmp")]
+    proxy = ["--proxy", str(local.port)] if local.port else []
+    supervisor = [sys.executable, "-I", str(Path(frames.__file__).with_name("supervisor.py")), *serve, *folders, *proxy]
     done = subprocess.run(
         ["/bin/sh", "-c", _WRAPPED, str(folder), *supervisor],
         env={**_environment(folder), "HOME": str(folder / "workspace"), TAG: local.tag},
@@ -312,6 +316,13 @@ def _start(folder: Path, local: Local) -> Local:
     started = replace(local, pid=pid, born=_born(pid))
     _write(folder, started)
     return started
+
+
+def _free_port() -> int:
+    """A port that nobody listens on: all local sandboxes share this machine's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _write(folder: Path, local: Local) -> None:

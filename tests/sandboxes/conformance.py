@@ -5,9 +5,10 @@ A module that runs it has a module-wide ``anyio_backend``, a module-wide fixture
     from tests.sandboxes.conformance import Conformance, box
     class TestHere(Conformance): ...
 
-``box`` is one sandbox for all tests that leave it as they found it; those that remove theirs make their own. A host that
-was opened anew, as another worker would, comes from the fixture ``another_host`` (a function without arguments that
-gives an asynchronous context manager).
+``box`` is one sandbox for all tests that leave it as they found it; those that remove theirs make their own, of the
+module-wide fixture ``profile``, which has ``FROM_PROFILE=yes`` in its environment. A host that was opened anew, as
+another worker would, comes from the fixture ``another_host`` (a function without arguments that gives an asynchronous
+context manager).
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             found += mark in file.read()
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            found -= mark in b"" and 0
     except OSError:
         pass
 print(found)
@@ -108,7 +107,6 @@ async def sh(box: Sandbox, line: str, **options: Any) -> str:
 
 async def until_there(box: Sandbox, path: str) -> None:
     """Wait until a file is there."""
-    await sh(box, 'while [ ! -e "$0" ]; do sleep 0.01; done', **{}) if not path else None
     await box.exec(["sh", "-c", 'while [ ! -e "$0" ]; do sleep 0.01; done', path], timeout=PATIENCE)
 
 
@@ -262,7 +260,9 @@ class Conformance:
 
     async def test_a_command_may_clear_up_at_its_deadline(self, box: Sandbox) -> None:
         with pytest.raises(SandboxTimeout) as caught:
-            await box.exec(["sh", "-c", "trap 'echo bye; exit' TERM; echo hi; while :; do sleep 0.01; done"], timeout=0.3)
+            await box.exec(
+                ["sh", "-c", "trap 'echo bye; exit' TERM; echo hi; while :; do sleep 0.01; done"], timeout=0.3
+            )
         assert caught.value.result.stdout == "hi\nbye\n"
 
     async def test_a_cancelled_call_is_ended(self, box: Sandbox) -> None:
@@ -331,7 +331,9 @@ class Conformance:
     # --- background -------------------------------------------------------------------------------------------------
 
     async def test_a_process_in_the_background_is_written_to_and_waited_for(self, box: Sandbox) -> None:
-        process = await box.start(["sh", "-c", "while read x; do echo got $x; done; exit 6"], timeout=PATIENCE, stdin=True)
+        process = await box.start(
+            ["sh", "-c", "while read x; do echo got $x; done; exit 6"], timeout=PATIENCE, stdin=True
+        )
         await process.write(b"one\n")
         async with closing(process.output()) as items:
             assert (await anext(items)).data == b"got one\n"
@@ -438,7 +440,9 @@ class Conformance:
         assert await box.write("deep/er/file", data) == size
         assert await box.read("deep/er/file") == data
         assert (await box.stat("deep/er/file")).size == size
-        result = await box.exec(["python3", "-c", "import hashlib; print(hashlib.sha256(open('deep/er/file', 'rb').read()).hexdigest())"])
+        result = await box.exec(
+            ["python3", "-c", "import hashlib; print(hashlib.sha256(open('deep/er/file', 'rb').read()).hexdigest())"]
+        )
         assert result.stdout.strip() == hashlib.sha256(data).hexdigest()
         await box.remove("deep")
 
@@ -493,13 +497,34 @@ class Conformance:
             assert isinstance(caught.value, FileNotFoundError)
         await box.remove("file")
 
-    @pytest.mark.parametrize("path", [
-        "..", "../x", "a/../../x", "/", "/etc/passwd", "/proc/self/environ", "/workspacex", "/workspace/../etc/passwd",
-        "/tmp/../etc/passwd", "out", "out/passwd", "loop", "pipe", "deep/up/etc/passwd", "a\0b", "x" * 5000, "/dev/zero",
-    ])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "..",
+            "../x",
+            "a/../../x",
+            "/",
+            "/etc/passwd",
+            "/proc/self/environ",
+            "/workspacex",
+            "/workspace/../etc/passwd",
+            "/tmp/../etc/passwd",
+            "out",
+            "out/passwd",
+            "loop",
+            "pipe",
+            "deep/up/etc/passwd",
+            "a\0b",
+            "x" * 5000,
+            "/dev/zero",
+        ],
+    )
     async def test_paths_that_lead_elsewhere_are_refused(self, box: Sandbox, path: str) -> None:
-        await sh(box, "mkdir -p deep; ln -sfn /etc out; ln -sfn loop loop; ln -sfn ../../../../../../.. deep/up; "
-                      "[ -p pipe ] || mkfifo pipe")
+        await sh(
+            box,
+            "mkdir -p deep; ln -sfn /etc out; ln -sfn loop loop; ln -sfn ../../../../../../.. deep/up; "
+            "[ -p pipe ] || mkfifo pipe",
+        )
         with anyio.fail_after(PATIENCE):
             with pytest.raises(SandboxError):
                 await box.read(path, limit=100)
@@ -519,11 +544,20 @@ class Conformance:
         assert (await sh(box, "ls -d /etc")) == "/etc\n"
 
     async def test_a_folder_is_listed_in_order_and_in_parts(self, box: Sandbox) -> None:
-        await sh(box, "mkdir -p l/sub l/empty; for i in 3 1 2; do echo $i > l/f$i; done; echo x > l/sub/g; ln -s f1 l/z; mkfifo l/p")
+        await sh(
+            box,
+            "mkdir -p l/sub l/empty; for i in 3 1 2; do echo $i > l/f$i; done; echo x > l/sub/g; ln -s f1 l/z; "
+            "mkfifo l/p",
+        )
         listing = await box.list("l")
         assert [(each.path, each.kind) for each in listing.entries] == [
-            ("l/empty", "directory"), ("l/f1", "file"), ("l/f2", "file"), ("l/f3", "file"),
-            ("l/p", "other"), ("l/sub", "directory"), ("l/z", "link"),
+            ("l/empty", "directory"),
+            ("l/f1", "file"),
+            ("l/f2", "file"),
+            ("l/f3", "file"),
+            ("l/p", "other"),
+            ("l/sub", "directory"),
+            ("l/z", "link"),
         ]
         assert not listing.more
         assert listing.entries[1].size == 2
@@ -537,7 +571,13 @@ class Conformance:
         await box.remove("l")
 
     async def test_many_files_are_listed_in_pages(self, box: Sandbox) -> None:
-        await box.exec(["python3", "-c", "import os\nos.mkdir('many')\nfor i in range(5000): open(f'many/{i:05d}' + 'n' * 100, 'w')"])
+        await box.exec(
+            [
+                "python3",
+                "-c",
+                "import os\nos.mkdir('many')\nfor i in range(5000): open(f'many/{i:05d}' + 'n' * 100, 'w')",
+            ]
+        )
         paths: list[str] = []
         while True:
             listing = await box.list("many", after=paths[-1] if paths else "", limit=2200)
@@ -723,17 +763,21 @@ class Conformance:
                 await other.aclose()
             assert await sandbox.read("a") == b"1"
 
-    @pytest.mark.parametrize("bad", [
-        archive(("/etc/evil", b"x")),
-        archive(("../evil", b"x")),
-        archive(("a/../../evil", b"x")),
-        archive(("dev", entry(tarfile.CHRTYPE))),
-        archive(("pipe", entry(tarfile.FIFOTYPE))),
-        archive(("hard", entry(tarfile.LNKTYPE, "/etc/passwd"))),
-        archive(("d", entry(tarfile.SYMTYPE, "/etc")), ("d/evil", b"x")),
-        Snapshot(b"no archive", "", 0, "python"),
-        Snapshot(gzip.compress(bytes(1000))[:-200], "", 0, "python"),
-    ], ids=["absolute", "up", "up within", "device", "pipe", "hard link", "through a link", "none", "cut"])
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            archive(("/etc/evil", b"x")),
+            archive(("../evil", b"x")),
+            archive(("a/../../evil", b"x")),
+            archive(("dev", entry(tarfile.CHRTYPE))),
+            archive(("pipe", entry(tarfile.FIFOTYPE))),
+            archive(("hard", entry(tarfile.LNKTYPE, "/etc/passwd"))),
+            archive(("d", entry(tarfile.SYMTYPE, "/etc")), ("d/evil", b"x")),
+            Snapshot(b"no archive", "", 0, "python"),
+            Snapshot(gzip.compress(bytes(1000))[:-200], "", 0, "python"),
+        ],
+        ids=["absolute", "up", "up within", "device", "pipe", "hard link", "through a link", "none", "cut"],
+    )
     async def test_archives_that_lead_elsewhere_write_nothing_there(
         self, host: Host, box: Sandbox, bad: Snapshot
     ) -> None:
@@ -796,9 +840,9 @@ class Conformance:
         mark = new_id()
         async with made(host, profile) as sandbox:
             await sandbox.start(["sh", "-c", f"sleep 1000; : {mark}"], timeout=PATIENCE)
-            assert [(each.state, each.profile, each.labels["test"]) for each in await host.found() if each.id == sandbox.id] == [
-                ("running", profile.name, "conformance")
-            ]
+            assert [
+                (each.state, each.profile, each.labels["test"]) for each in await host.found() if each.id == sandbox.id
+            ] == [("running", profile.name, "conformance")]
             waiting = sandbox.exec(["sleep", "1000"], timeout=PATIENCE)
             async with anyio.create_task_group() as group:
                 group.start_soon(_gone, waiting)
