@@ -12,10 +12,9 @@ of its first life and clicks nothing twice.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ridethrough.runtime.errors import SandboxError, SandboxGone, ToolFailed
 from ridethrough.sandboxes.desktop import Button, Desktop, Point
@@ -55,9 +54,10 @@ NOTCH: Final = 100
 _DIRECTIONS: Final[Mapping[Direction, Point]] = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(BaseModel):
     """One action with what belongs to it, as Anthropic's models name it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     action: Action
     coordinate: Point | None = None
@@ -336,8 +336,8 @@ _OPENAI: Final[Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
 
 
 def _understood(asked: Mapping[str, Any]) -> Asked:
-    words = from_openai(asked) if "action" not in asked else dict(asked)
-    unknown = set(words) - {each.name for each in fields(Asked)}
-    if words["action"] not in get_args(Action) or unknown:
-        raise ToolFailed(f"there is no action {words['action']!r} with {sorted(unknown)}; known: {get_args(Action)}")
-    return Asked(**{name: tuple(value) if isinstance(value, list) else value for name, value in words.items()})
+    try:
+        return Asked.model_validate(asked if "action" in asked else from_openai(asked))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ToolFailed(f"that is no action: {wrong}") from None
