@@ -9,7 +9,8 @@ same deadlines, results are kept for whoever attaches; but what runs in one runs
     RUNTIME/ID/tmp           what it has for /tmp
 
 RUNTIME is a folder of yours alone. The supervisor is in a session of its own, so it survives the process that started
-it; when it ends (its timer has run out, or it was removed) a shell that has waited for it takes its folder away.
+it; when it ends (its timer has run out, or it was killed) a shell that has waited for it ends what is left, and takes
+its folder away.
 """
 
 from __future__ import annotations
@@ -55,7 +56,17 @@ TAG: Final = "RIDETHROUGH_SANDBOX"
 """In the environment of all that runs in a local sandbox: how that is found when its supervisor is dead."""
 
 _LONGEST_SOCKET: Final = 100
-_WRAPPED: Final = '{ "$@"; rm -rf -- "$0"; } </dev/null >/dev/null 2>&1 & echo $!'
+_WRAPPED: Final = """
+folder=$1 tag=$2; shift 2
+after() {
+    for round in 1 2 3 4 5; do
+        found=$(grep -ls -- "$tag" /proc/[0-9]*/environ) || break
+        for each in $found; do each=${each#/proc/}; kill -KILL "${each%/environ}"; done
+    done
+    rm -rf -- "$folder"
+}
+{ env "$tag" "$@"; after; } </dev/null >/dev/null 2>&1 & echo $!
+"""
 _log = logging.getLogger(__name__)
 _State = Literal["created", "running", "paused", "exited"]
 
@@ -132,14 +143,15 @@ class LocalHost(Host):
         port = await _in_thread(_free_port) if profile.network else 0
         local = Local(id, profile.name, time.time(), secrets.token_hex(8), linger, dict(labels or {}), port)
         folder = self._folder(id)
+        await _in_thread(lambda: _make(folder, local))
         try:
             started = await _in_thread(lambda: _start(folder, local))
             return await self._attach(profile, started)
-        except SandboxGone as error:
-            await self._remove_after(id)
-            raise SandboxUnavailable(f"The local sandbox {id} did not start: {error.message}") from error
-        except BaseException:
-            await self._remove_after(id)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await _in_thread(lambda: _remove(folder, local))
+            if isinstance(error, SandboxGone | OSError | ValueError | subprocess.SubprocessError):
+                raise SandboxUnavailable(f"The local sandbox {id} did not start: {error}") from error
             raise
 
     async def attach(self, profile: SandboxProfile, id: str) -> AttachedSandbox:
@@ -152,8 +164,15 @@ class LocalHost(Host):
 
     async def remove(self, id: str) -> bool:
         """As ``Host.remove``."""
+        folder = self._folder(id)
+        local = await _in_thread(lambda: _read(folder))
         self._attached.pop(id, None)
-        return await _in_thread(lambda: _remove(self._folder(id)))
+        return await _in_thread(lambda: _remove(folder, local))
+
+    async def end(self, local: Local) -> bool:
+        """Remove a sandbox that is known, even where its supervisor has died and its record is gone."""
+        self._attached.pop(local.id, None)
+        return await _in_thread(lambda: _remove(self._folder(local.id), local))
 
     async def pause(self, id: str) -> None:
         """As ``Host.pause``."""
@@ -201,11 +220,6 @@ class LocalHost(Host):
         self._attached[local.id] = sandbox
         return sandbox
 
-    async def _remove_after(self, id: str) -> None:
-        """Leave nothing behind of what could not be started."""
-        with anyio.CancelScope(shield=True), suppress(SandboxError):
-            await self.remove(id)
-
     async def _signal(self, id: str, number: signal.Signals) -> None:
         local = await _in_thread(lambda: _read(self._folder(id)))
         if local is None or not _is_alive(local):
@@ -232,7 +246,7 @@ class _LocalHold:
         await self.host.resume(self.local.id)
 
     async def remove(self) -> bool:
-        return await self.host.remove(self.local.id)
+        return await self.host.end(self.local)
 
     async def another(self) -> Sandbox:
         id = f"{self.local.id}-{secrets.token_hex(4)}"
@@ -289,8 +303,8 @@ def _runtime_folder(given: Path | str | None) -> Path:
     return folder.resolve()
 
 
-def _start(folder: Path, local: Local) -> Local:
-    """Start a supervisor in a session of its own, below a shell that clears up after it."""
+def _make(folder: Path, local: Local) -> None:
+    """Make the folder of a sandbox, with its record."""
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
@@ -298,13 +312,17 @@ def _start(folder: Path, local: Local) -> Local:
     for name in ("workspace", "tmp"):
         (folder / name).mkdir(mode=0o700)
     _write(folder, local)
+
+
+def _start(folder: Path, local: Local) -> Local:
+    """Start a supervisor in a session of its own, below a shell that clears up after it."""
     serve = ["serve", "--local", "--socket", str(folder / "socket"), "--linger", str(local.linger)]
     folders = ["--workspace", str(folder / "workspace"), "--tmp", str(folder / "tmp")]
     proxy = ["--proxy", str(local.port)] if local.port else []
     supervisor = [sys.executable, "-I", str(Path(frames.__file__).with_name("supervisor.py")), *serve, *folders, *proxy]
     done = subprocess.run(
-        ["/bin/sh", "-c", _WRAPPED, str(folder), *supervisor],
-        env={**_environment(folder), "HOME": str(folder / "workspace"), TAG: local.tag},
+        ["/bin/sh", "-c", _WRAPPED, "sh", str(folder), f"{TAG}={local.tag}", *supervisor],
+        env={**_environment(folder), "HOME": str(folder / "workspace")},
         cwd="/",
         start_new_session=True,
         stdin=subprocess.DEVNULL,
@@ -408,31 +426,24 @@ def _signal_all(local: Local, number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _remove(folder: Path) -> bool:
+def _remove(folder: Path, local: Local | None) -> bool:
     """End a sandbox and take its folder away; whether there was one."""
-    local = _read(folder)
-    if local is not None and _is_alive(local):
-        _stop(local)
     was_there = folder.is_dir()
     if local is not None:
-        _kill_rest(local)
+        _stop(local)
     shutil.rmtree(folder, ignore_errors=True)
-    return was_there or local is not None
+    return was_there
 
 
 def _stop(local: Local) -> None:
     """Freeze all, so that nothing is started meanwhile, and kill it."""
-    _signal_all(local, signal.SIGSTOP)
-    _kill_rest(local)
-
-
-def _kill_rest(local: Local) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while (members := [pid for pid in _members(local) if _is_running(pid)]) and time.monotonic() < deadline:
-        for pid in members:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in members:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, number)
+        time.sleep(0.002)
 
 
 def _is_running(pid: int) -> bool:

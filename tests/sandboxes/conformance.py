@@ -640,7 +640,7 @@ class Conformance:
             await session.run("x = 1")
             with pytest.raises(SandboxTimeout, match="lost") as caught:
                 await session.run(
-                    f"import subprocess; subprocess.Popen(['sleep', '1000', '{mark}'], start_new_session=True)\n"
+                    f"import subprocess; subprocess.Popen(['sh', '-c', 'sleep 1000; : {mark}'], start_new_session=True)\n"
                     "print('hanging', flush=True)\nwhile True: pass",
                     timeout=0.7,
                 )
@@ -679,7 +679,7 @@ class Conformance:
         async with box.shell() as session:
             await session.run("a=1")
             with pytest.raises(SandboxTimeout, match="lost"):
-                await session.run(f"setsid sleep 1000 {mark} & echo on; sleep 1000", timeout=0.5)
+                await session.run(f"setsid sh -c 'sleep 1000; : {mark}' & echo on; sleep 1000", timeout=0.5)
             assert await running(box, mark) == 0
             again = await session.run('echo "a=$a"')
             assert again.stdout == "a=\n"
@@ -706,14 +706,14 @@ class Conformance:
     async def test_a_session_ends_with_its_block_and_when_cancelled(self, box: Sandbox) -> None:
         mark = new_id()
         async with box.shell() as session:
-            await session.run(f"sleep 1000 {mark} &")
+            await session.run(f"sh -c 'sleep 1000; : {mark}' &")
             assert await running(box, mark) == 1
         assert await running(box, mark) == 0
         with pytest.raises(SandboxError, match="closed"):
             await session.run("true")
         async with box.python() as session:
             with anyio.move_on_after(0.5) as scope:
-                await session.run(f"import subprocess; subprocess.run(['sleep', '1000', '{mark}'])")
+                await session.run(f"import subprocess; subprocess.run(['sh', '-c', 'sleep 1000; : {mark}'])")
             assert scope.cancelled_caught
             assert await running(box, mark) == 0
             assert "new Python session" in (await session.run("1")).stderr
