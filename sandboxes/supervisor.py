@@ -393,11 +393,6 @@ class Call:
         """Whether its main process is there."""
         return self.pid > 0 and self.status is None
 
-    @property
-    def living(self) -> bool:
-        """Whether processes may belong to it."""
-        return self.state != "done" or self.lingering
-
     def total(self) -> int:
         """Bytes that it has written to standard output and error."""
         return self.pipes["stdout"].kept.total + self.pipes["stderr"].kept.total
@@ -413,15 +408,16 @@ class Call:
 
 
 class Process:
-    """A line of the process table."""
+    """A line of the process table; ``born`` tells processes apart that have had the same number."""
 
-    __slots__ = ("dead", "parent", "pid", "session")
+    __slots__ = ("born", "dead", "parent", "pid", "session")
 
-    def __init__(self, pid: int, parent: int, session: int, dead: bool) -> None:
+    def __init__(self, pid: int, fields: list[bytes]) -> None:
         self.pid = pid
-        self.parent = parent
-        self.session = session
-        self.dead = dead
+        self.dead = fields[0] in (b"Z", b"X", b"x")
+        self.parent = int(fields[1])
+        self.session = int(fields[3])
+        self.born = int(fields[19])
 
 
 def read_file(path: str, most: int = 4096) -> bytes:
@@ -441,10 +437,14 @@ def read_file(path: str, most: int = 4096) -> bytes:
 def process(pid: int) -> Process | None:
     """A process, if it is there."""
     text = read_file(f"/proc/{pid}/stat")
-    rest = text[text.rfind(b")") + 2 :].split(None, 4)
-    if len(rest) < 4:
-        return None
-    return Process(pid, int(rest[1]), int(rest[3]), rest[0] in (b"Z", b"X", b"x"))
+    fields = text[text.rfind(b")") + 2 :].split(None, 20)
+    return Process(pid, fields) if len(fields) > 20 else None
+
+
+def processes() -> dict[int, Process]:
+    """All processes."""
+    found = (process(int(name)) for name in os.listdir("/proc") if name[0] in "123456789")
+    return {each.pid: each for each in found if each is not None}
 
 
 def tag_of(pid: int) -> str | None:
@@ -468,16 +468,18 @@ class Tree:
         # Without a subreaper what detaches itself becomes a child of init. In a container of ours that is the parent.
         self.roots = {self.me} if local or self.reaper or os.getppid() != 1 else {self.me, 1}
         self.sessions: dict[int, str] = {}
+        self.older: dict[int, int] = {}
+        if len(self.roots) > 1:
+            self.older.update((pid, each.born) for pid, each in processes().items())
 
     def scan(self) -> dict[int, Process]:
         """All processes that can be ours."""
-        table = {}
-        for name in os.listdir("/proc"):
-            if name[0] in "123456789":
-                found = process(int(name))
-                if found is not None:
-                    table[found.pid] = found
-        return {pid: each for pid, each in table.items() if pid not in (self.me, 1) and self.below(each, table)}
+        table = processes()
+        return {pid: each for pid, each in table.items() if not self.is_older(each) and self.below(each, table)}
+
+    def is_older(self, each: Process) -> bool:
+        """Whether a process was there before this one began to look, so that it is none of ours."""
+        return each.pid in (1, self.me) or self.older.get(each.pid) == each.born
 
     def below(self, each: Process, table: dict[int, Process]) -> bool:
         """Whether a process comes from this one."""
@@ -546,6 +548,8 @@ class Tree:
             found = process(pid)
             if found is None:
                 return True
+            if len(self.roots) > 1 and self.is_older(found):
+                return False
             pid = found.parent
         return True
 
@@ -962,10 +966,10 @@ class Files:
     def keep(self, key: Any, low: str, names: list[str], complete: bool) -> None:
         """Keep names for the pages that are asked for next, for a few seconds."""
         mine = self.cache = (key, low, names, complete)
-        self.loop.later(5.0, lambda: self.let_go(mine))
+        self.loop.later(5.0, lambda: self.drop(mine))
 
-    def let_go(self, mine: Any) -> None:
-        """Drop them."""
+    def drop(self, mine: Any) -> None:
+        """Let them go."""
         if self.cache is mine:
             self.cache = None
 
@@ -1467,6 +1471,7 @@ class Supervisor:
         self.idle = 0.0
         self.ticking = False
         self.calls: OrderedDict[str, Call] = OrderedDict()
+        self.active: dict[str, Call] = {}
         self.mains: dict[int, Call] = {}
         self.done: OrderedDict[str, int] = OrderedDict()
         self.done_bytes = 0
@@ -1556,9 +1561,9 @@ class Supervisor:
                 call.status = status
                 if call.state == "running":
                     self.conclude(call)
-        for call in [call for call in self.calls.values() if call.lingering] if self.done else ():
-            if self.tree.nothing_beside(set(self.mains)):
-                self.let_linger_end(call)
+        for call in self.living():
+            if call.lingering and self.tree.nothing_beside(set(self.mains)):
+                self.let_go(call)
 
     # --- hosts
 
@@ -1657,7 +1662,7 @@ class Supervisor:
         if conn.closed:
             return
         conn.close()
-        for call in self.calls.values():
+        for call in list(self.calls.values()):
             call.collectors = [each for each in call.collectors if each[0] is not conn]
             call.killers = [each for each in call.killers if each[0] is not conn]
             call.followers = [each for each in call.followers if each.conn is not conn]
@@ -1689,11 +1694,11 @@ class Supervisor:
 
     def running(self) -> list[Call]:
         """The calls that have not ended."""
-        return [call for call in self.calls.values() if call.state == "running"]
+        return [call for call in self.active.values() if call.state == "running"]
 
     def living(self) -> list[Call]:
         """The calls that processes may belong to."""
-        return [call for call in self.calls.values() if call.living]
+        return list(self.active.values())
 
     def call(self, header: Header) -> Call:
         """The call that a request is about."""
@@ -1719,7 +1724,7 @@ class Supervisor:
             self.spawn(call, header, body)
         except OSError as error:
             self.not_spawned(call, header, error)
-        self.calls[id] = call
+        self.calls[id] = self.active[id] = call
         if call.pid:
             call.timer = self.loop.later(deadline, lambda: self.too_late(call))
         else:
@@ -2019,7 +2024,7 @@ class Supervisor:
         """End what a background call has left."""
         if call.lingering:
             yield from self.sweep(lambda owner: owner in (None, call.id))
-            self.let_linger_end(call)
+            self.let_go(call)
         return {}, b""
 
     def too_late(self, call: Call) -> None:
@@ -2094,8 +2099,8 @@ class Supervisor:
     def finished(self, call: Call) -> None:
         """A call is done: answer all who wait for it, and keep its result."""
         call.state = "done"
-        if call.timer is not None and not call.lingering:
-            self.loop.cancel(call.timer)
+        if not call.lingering:
+            self.let_go(call)
         self.close_pipes(call)
         call.fields = self.exit_fields(call)
         for conn, n, extra in call.collectors:
@@ -2121,7 +2126,7 @@ class Supervisor:
             "stderr_total": totals[1],
             "truncated": any(kept[name].truncated for name in ("stdout", "stderr") if name in kept),
         }
-        if call.limit is None and code and not call.timeout and not call.killed:
+        if call.limit is None and code and not call.killed:
             fields["limit"] = self.limit_of(call)
         if call.survivors:
             fields["survivors"] = call.survivors
@@ -2157,9 +2162,10 @@ class Supervisor:
         if call is not None and call.lingering:
             self.loop.go(self.swept(call))
 
-    def let_linger_end(self, call: Call) -> None:
-        """Nothing is left of a background call."""
+    def let_go(self, call: Call) -> None:
+        """Nothing is left of a call."""
         call.lingering = False
+        self.active.pop(call.id, None)
         if call.timer is not None:
             self.loop.cancel(call.timer)
 
@@ -2186,7 +2192,7 @@ class Supervisor:
             yield 0.002
         yield from self.sweep(lambda owner: owner not in keep)
         for call in others:
-            self.let_linger_end(call)
+            self.let_go(call)
         return {"killed": sum(owner not in keep for owner in owners)}, b""
 
     def op_reset(self, conn: Connection, n: int, header: Header, body: bytes) -> Answer:
