@@ -11,12 +11,12 @@ import inspect
 import keyword
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypedDict
 
 from ridethrough.runtime.errors import ConfigError
 from ridethrough.tools.context import ToolContext
 from ridethrough.tools.schema import ParameterSchema
-from ridethrough.tools.tool import DEFAULT_MAX_OUTPUT, Approval, Effect, OnInterrupt, Tool
+from ridethrough.tools.tool import DEFAULT_MAX_OUTPUT, DEFAULT_TIMEOUT, Approval, Effect, OnInterrupt, Tool
 
 LONGEST_NAME: Final = 64
 LONGEST_DESCRIPTION: Final = 8_000
@@ -25,7 +25,33 @@ LONGEST_DESCRIPTION: Final = 8_000
 Perform = Callable[[dict[str, Any], ToolContext[Any] | None], Awaitable[Any]]
 """What does the work: the arguments, checked, and the context of the call, ``None`` outside of a run."""
 
-T = TypeVar("T")
+
+class Choices(TypedDict, total=False):
+    """What may be chosen of somebody else's tools.
+
+    Attributes:
+        include: Their own names of those that are wanted; all when left out.
+        exclude: Names of those that are not.
+        prefix: What their names begin with; an MCP server's name when left out, nothing for a document.
+        effects: What a repeat would do, by name. Without it an MCP server is believed (``read`` for its
+            ``readOnlyHint``, ``idempotent`` for its ``idempotentHint``, else ``write``), and so are HTTP's methods (GET
+            and HEAD: ``read``, PUT and DELETE: ``idempotent``, the others: ``write``).
+        approval: Whether a person decides first: for all, or by name.
+        timeout: Deadline of one attempt in seconds: for all, or by name.
+        retries: Further attempts after a failure, for those that are no writes.
+        max_output: Characters of an output that the model is shown.
+        concurrency: Calls at the same time of each tool in one process.
+    """
+
+    include: Iterable[str]
+    exclude: Iterable[str]
+    prefix: str
+    effects: Mapping[str, Effect]
+    approval: Approval | Mapping[str, Approval]
+    timeout: float | Mapping[str, float]
+    retries: int
+    max_output: int
+    concurrency: int
 
 
 def foreign_tool(
@@ -116,18 +142,20 @@ def tool_name(*parts: str) -> str:
     return f"{name[: LONGEST_NAME - 9]}_{digest}"
 
 
-def distinct(named: Iterable[tuple[str, str]], whose: str, remedy: str) -> dict[str, str]:
-    """Tool names by what they were made of: pairs of an original and a name.
+def distinct(named: Mapping[str, str], whose: str) -> Mapping[str, str]:
+    """Tool names by what they were made of, if no two are the same.
 
     Raises:
-        ConfigError: Two of them have become one name; the message names both.
+        ConfigError: two are; the message names both.
     """
     origins: dict[str, str] = {}
-    for origin, name in named:
+    for origin, name in named.items():
         other = origins.setdefault(name, origin)
         if other != origin:
-            raise ConfigError(f"{whose}: {other!r} and {origin!r} would both be the tool {name!r}; {remedy}")
-    return {origin: name for name, origin in origins.items()}
+            raise ConfigError(
+                f"{whose}: {other!r} and {origin!r} would both be the tool {name!r}; leave one out with exclude=[...]"
+            )
+    return named
 
 
 def chosen(names: Iterable[str], include: Iterable[str] | None, exclude: Iterable[str], whose: str) -> list[str]:
@@ -146,6 +174,13 @@ def chosen(names: Iterable[str], include: Iterable[str] | None, exclude: Iterabl
     return [name for name in known if name in wanted and name not in refused]
 
 
-def setting(value: T | Mapping[str, T], name: str, default: T) -> T:
-    """A setting of one tool: the same for all, or by name."""
-    return cast(Mapping[str, T], value).get(name, default) if isinstance(value, Mapping) else value
+def approval_of(choices: Choices, name: str) -> Approval:
+    """Whether a person decides first about one tool: the same for all, or by name."""
+    given = choices.get("approval", False)
+    return given.get(name, False) if isinstance(given, Mapping) else given
+
+
+def timeout_of(choices: Choices, name: str) -> float:
+    """The deadline of one tool in seconds: the same for all, or by name."""
+    given = choices.get("timeout", DEFAULT_TIMEOUT)
+    return given.get(name, DEFAULT_TIMEOUT) if isinstance(given, Mapping) else given

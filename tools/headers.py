@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from ridethrough.runtime.config import resolve_secret
 from ridethrough.runtime.errors import ConfigError
 
 _NAME: Final = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+")
-_SECRET: Final = re.compile(r"authorization|api-?key|token|secret|cookie|password|credential", re.I)
+_SECRET: Final = re.compile(r"authorization|key|token|secret|cookie|password|credential", re.I)
 _REFERENCE: Final = re.compile(r"(?:(?P<scheme>[A-Za-z]+) )?(?P<reference>(?:env|file):.+)")
 _FORBIDDEN: Final = re.compile(r"[^\t\x20-\x7e]")
 
@@ -26,11 +26,29 @@ def checked_headers(headers: Mapping[str, str] | None, whose: str) -> dict[str, 
         if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(value, str):
             raise ConfigError(f"{whose}: {name!r} is no header with a text")
         if _SECRET.search(name) and not _REFERENCE.fullmatch(value):
-            raise ConfigError(
-                f'{whose}: the header {name} holds a secret: write "env:NAME" or "file:PATH" (also "Bearer env:NAME"), '
-                "never the value itself"
-            )
+            raise _written_out(name, whose)
     return given
+
+
+def checked_secrets(query: Mapping[str, str] | None, whose: str) -> dict[str, str]:
+    """Parameters of a query as they were given; what they refer to is not read yet.
+
+    Raises:
+        ConfigError: A credential is written out.
+    """
+    given = dict(query or {})
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{whose}: {name!r} is no parameter with a text")
+        if _SECRET.search(name) and not _REFERENCE.fullmatch(value):
+            raise _written_out(name, whose)
+    return given
+
+
+def _written_out(name: str, whose: str) -> ConfigError:
+    return ConfigError(
+        f'{whose}: {name} holds a secret: write "env:NAME" or "file:PATH" ("Bearer env:NAME", too), never itself'
+    )
 
 
 def resolved_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -62,11 +80,11 @@ def resolved_text(value: str) -> str:
     return f"{found['scheme']} {secret}" if found["scheme"] else secret
 
 
-def secrets_of(headers: Mapping[str, str]) -> Iterable[str]:
-    """The secrets among headers as they were given, for keeping them out of texts; those that can be read now."""
-    for value in headers.values():
-        if found := _REFERENCE.fullmatch(value):
-            try:
-                yield resolve_secret(found["reference"])
-            except ConfigError:
-                continue
+def secrets_of(headers: Mapping[str, str]) -> list[str]:
+    """The secrets that headers refer to, for keeping them out of texts.
+
+    Raises:
+        ConfigError: The variable is not set, or the file cannot be read.
+    """
+    found = (_REFERENCE.fullmatch(value) for value in headers.values())
+    return [resolve_secret(match["reference"]) for match in found if match]

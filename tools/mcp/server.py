@@ -7,11 +7,11 @@ import json
 import math
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypeAlias, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -21,45 +21,18 @@ from ridethrough.runtime.errors import ConfigError, ToolFailed
 from ridethrough.runtime.router.address import parsed
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Sandbox
-from ridethrough.tools.foreign import chosen, distinct, foreign_tool, setting, tool_name
-from ridethrough.tools.headers import checked_headers, resolved_headers, resolved_text
+from ridethrough.tools.foreign import Choices, approval_of, chosen, distinct, foreign_tool, timeout_of, tool_name
+from ridethrough.tools.headers import checked_headers, resolved_headers, resolved_text, secrets_of
 from ridethrough.tools.mcp.calls import Call, definition_of, definitions_in, effect_of
 from ridethrough.tools.mcp.owner import Owner, Terms
 from ridethrough.tools.mcp.pipe import Life, LocalPipe, SandboxPipe, spoken
 from ridethrough.tools.mcp.web import posted
-from ridethrough.tools.tool import DEFAULT_MAX_OUTPUT, DEFAULT_TIMEOUT, Approval, Effect, Tool
+from ridethrough.tools.tool import DEFAULT_MAX_OUTPUT, Effect, Tool
 
 T = TypeVar("T")
 
 Where: TypeAlias = str | SandboxProfile | Sandbox | Callable[[], AbstractAsyncContextManager[Sandbox]]
 """The sandbox of a server: a profile (by name or itself), an open sandbox, or what opens one."""
-
-
-class Choices(TypedDict, total=False):
-    """What may be chosen of a server's tools.
-
-    Attributes:
-        include: The server's names of those that are wanted; all when left out.
-        exclude: Names of those that are not.
-        prefix: What their names begin with; the server's name when left out, nothing when empty.
-        effects: What a repeat would do, by the server's name of the tool. Without it the server is believed: ``read``
-            for its ``readOnlyHint``, ``idempotent`` for its ``idempotentHint``, else ``write``.
-        approval: Whether a person decides first: for all, or by name.
-        timeout: Deadline of one attempt in seconds: for all, or by name.
-        retries: Further attempts after a failure, for those that are no writes.
-        max_output: Characters of an output that the model is shown.
-        concurrency: Calls at the same time of each tool in one process.
-    """
-
-    include: Iterable[str]
-    exclude: Iterable[str]
-    prefix: str
-    effects: Mapping[str, Effect]
-    approval: Approval | Mapping[str, Approval]
-    timeout: float | Mapping[str, float]
-    retries: int
-    max_output: int
-    concurrency: int
 
 
 class McpServer:
@@ -170,7 +143,7 @@ class McpServer:
 
         @asynccontextmanager
         async def transport(life: Life) -> AsyncGenerator[Any]:
-            yield posted(url, resolved_headers(given), connect_timeout)
+            yield posted(url, resolved_headers(given), secrets_of(given), connect_timeout)
 
         terms = Terms(name, transport, _mode(name, protocol), connect_timeout, list_timeout, idle_seconds)
         return cls(name, terms, address)
@@ -270,9 +243,7 @@ class McpServer:
         effects = choices.get("effects", {})
         chosen(known, effects, (), whose)
         prefix = choices.get("prefix", self.name)
-        called = distinct(
-            ((name, tool_name(prefix, name)) for name in names), whose, "leave one out with exclude=[...]"
-        )
+        called = distinct({name: tool_name(prefix, name) for name in names}, whose)
         return [self._tool(called[name], known[name], effects.get(name), choices) for name in names]
 
     def _tool(self, called: str, definition: dict[str, Any], effect: Effect | None, choices: Choices) -> Tool[..., Any]:
@@ -283,7 +254,7 @@ class McpServer:
             name,
             chosen_effect,
             definition,
-            setting(choices.get("timeout", DEFAULT_TIMEOUT), name, DEFAULT_TIMEOUT),
+            timeout_of(choices, name),
         )
         return foreign_tool(
             called,
@@ -293,7 +264,7 @@ class McpServer:
             effect=chosen_effect,
             timeout=call.timeout,
             retries=choices.get("retries", 0),
-            approval=setting(choices.get("approval", False), name, False),
+            approval=approval_of(choices, name),
             max_output=choices.get("max_output", DEFAULT_MAX_OUTPUT),
             concurrency=choices.get("concurrency"),
         )
@@ -371,11 +342,8 @@ async def _opened(where: Where) -> AsyncGenerator[Sandbox]:
     if isinstance(where, Sandbox):
         yield where
         return
-    if isinstance(where, str | SandboxProfile):
-        from ridethrough.sandboxes.standalone import docker_sandbox
+    from ridethrough.sandboxes.standalone import docker_sandbox
 
-        opening = docker_sandbox(where)
-    else:
-        opening = where()
+    opening = docker_sandbox(where) if isinstance(where, str | SandboxProfile) else where()
     async with opening as sandbox:
         yield sandbox

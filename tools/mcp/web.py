@@ -8,13 +8,14 @@ body may be longer than the limits.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import httpx2
 
 from ridethrough.runtime.router.address import proxy_for
+from ridethrough.runtime.router.redaction import redact
 from ridethrough.tools.mcp.pipe import MAX_MESSAGE
 
 NOT_SENT: Final = -32_951
@@ -36,12 +37,12 @@ ERROR_KEPT: Final = 2_000
 
 
 @asynccontextmanager
-async def posted(url: str, headers: Mapping[str, str], timeout: float) -> AsyncGenerator[Any]:
-    """A server's URL as a transport of the SDK."""
+async def posted(url: str, headers: Mapping[str, str], secrets: Sequence[str], timeout: float) -> AsyncGenerator[Any]:
+    """A server's URL as a transport of the SDK; ``secrets`` are kept out of what its errors say."""
     from mcp.client.streamable_http import streamable_http_client
 
     limits = httpx2.Timeout(timeout, read=None)  # each request has its own deadline
-    careful = _Careful(httpx2.AsyncHTTPTransport(proxy=proxy_for(url)))
+    careful = _Careful(httpx2.AsyncHTTPTransport(proxy=proxy_for(url)), secrets)
     sent = {**headers, "accept-encoding": "identity"}
     async with httpx2.AsyncClient(headers=sent, timeout=limits, transport=careful, trust_env=False) as client:
         async with streamable_http_client(url, http_client=client, max_sse_event_size=MAX_MESSAGE) as streams:
@@ -51,8 +52,9 @@ async def posted(url: str, headers: Mapping[str, str], timeout: float) -> AsyncG
 class _Careful(httpx2.AsyncBaseTransport):
     """Turns failures into answers, and cuts bodies that are too long."""
 
-    def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
+    def __init__(self, inner: httpx2.AsyncBaseTransport, secrets: Sequence[str]) -> None:
         self._inner = inner
+        self._secrets = secrets
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         try:
@@ -63,7 +65,7 @@ class _Careful(httpx2.AsyncBaseTransport):
             return _answer(request, CUT, f"the connection broke: {error or type(error).__name__}")
         response.stream = _Bounded(response)
         if response.status_code >= 400:
-            return await _explained(request, response)
+            return await _explained(request, response, self._secrets)
         return response
 
     async def aclose(self) -> None:
@@ -97,7 +99,7 @@ class _Bounded(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-async def _explained(request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
+async def _explained(request: httpx2.Request, response: httpx2.Response, secrets: Sequence[str]) -> httpx2.Response:
     """An HTTP error that is no JSON-RPC error as one, with the status and the beginning of the body."""
     try:
         body = await response.aread()
@@ -105,10 +107,10 @@ async def _explained(request: httpx2.Request, response: httpx2.Response) -> http
         body = str(error).encode()
     finally:
         await response.aclose()
-    if _is_jsonrpc(body):
-        return httpx2.Response(response.status_code, headers=_JSON, content=body, request=request)
     gone = response.status_code == 404 and "mcp-session-id" in request.headers
-    said = body[:ERROR_KEPT].decode("utf-8", "replace").strip()
+    if _is_jsonrpc(body) and not gone:
+        return httpx2.Response(response.status_code, headers=_JSON, content=body, request=request)
+    said = redact(body.decode("utf-8", "replace"), secrets)[:ERROR_KEPT].strip()
     text = f"HTTP {response.status_code}{f': {said}' if said else ''}"
     return _answer(request, SESSION_GONE if gone else REFUSED, text, response.status_code)
 
