@@ -39,6 +39,8 @@ NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFN
 
 CLONE_NEWUSER, CLONE_NEWNS, CLONE_NEWNET = 0x10000000, 0x00020000, 0x40000000
 PR_GET_NO_NEW_PRIVS = 39
+AF_VSOCK = 40
+IO_URING_SETUP = 425
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -219,6 +221,9 @@ _FORBIDDEN = {
     "mount": lambda: _call(libc.mount(b"none", b"/tmp", b"tmpfs", 0, None)),
     "raw socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP).close(),
     "packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3).close(),
+    "vsock": lambda: socket.socket(AF_VSOCK, socket.SOCK_STREAM).close(),
+    "io_uring": lambda: _call(libc.syscall(IO_URING_SETUP, 1, ctypes.create_string_buffer(256))),
+    "ptrace": lambda: _call(libc.ptrace(0, 0, 0, 0)),
     "chroot": lambda: os.chroot("/tmp"),
     "setuid": lambda: os.setuid(0),
 }

@@ -24,6 +24,7 @@ from typing import Any, Final
 from ridethrough.sandboxes import frames
 from ridethrough.sandboxes.engine import Image
 from ridethrough.sandboxes.profile import WORKSPACE, SandboxProfile
+from ridethrough.sandboxes.seccomp import filter_json
 
 ID_LABEL: Final = "ridethrough.sandbox"
 PROFILE_LABEL: Final = "ridethrough.profile"
@@ -191,7 +192,7 @@ def _host_config(profile: SandboxProfile, runtime: str) -> dict[str, Any]:
         "Init": True,
         "NetworkMode": "none",
         "CapDrop": ["ALL"],
-        "SecurityOpt": ["no-new-privileges"],
+        "SecurityOpt": ["no-new-privileges", f"seccomp={filter_json()}"],
         "ReadonlyRootfs": True,
         "IpcMode": "private",
         "ShmSize": SHM_DESKTOP if profile.desktop else SHM,
