@@ -51,6 +51,9 @@ FILES: Final = 4096
 OOM_SCORE: Final = 300
 """When the machine itself is out of memory, a sandbox goes before the host's own processes."""
 
+BRIDGE_END: Final = b"ridethrough: the bridge has ended."
+"""What the first bridge says at its end: the output that it shares with the container's init does not end with it."""
+
 _BOOT: Final = """\
 import os, sys
 program, rest = sys.argv[1], sys.argv[2:]
@@ -73,9 +76,13 @@ if rest[0] == "serve" and os.fork():
 elif rest[0] == "serve":
     if os.fork():
         os._exit(0)
-    rest = ["bridge", *rest[1:3], "--wait", "30"]
+    try:
+        names["main"](["bridge", *rest[1:3], "--wait", "30"])
+    finally:
+        os.write(2, b"@END@")
+        os._exit(0)
 sys.exit(names["main"](rest))
-"""
+""".replace("@END@", BRIDGE_END.decode())
 """Runs the supervisor, compiled or as a text that was sent along. The bridge beside it is forked twice, so that it is
 no child of the supervisor, which ends what is below it."""
 

@@ -25,6 +25,7 @@ from anyio.abc import ByteStream, TaskGroup
 from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxUnavailable
 from ridethrough.sandboxes.attached import ENVIRONMENT, attach_to
 from ridethrough.sandboxes.container import (
+    BRIDGE_END,
     GIVEN_LABEL,
     ID_LABEL,
     LINGER_LABEL,
@@ -141,6 +142,7 @@ class DockerHost(Host):
         try:
             await self.engine.create(name, order.spec(manner))
             stream = await self.engine.attach(name)
+            stream.end_mark = BRIDGE_END
             return await self._started(order, manner, stream)
         except BaseException as error:
             if stream is not None:

@@ -148,12 +148,14 @@ class EngineStream(ByteStream):
     Attributes:
         exec_id: The engine's name of the process; empty for a container's main process.
         stderr: The last 4 KiB of standard error.
+        end_mark: What ends standard output when it is read on standard error; nothing does where it is empty.
     """
 
     def __init__(self, connection: ByteStream, first: bytes, exec_id: str = "") -> None:
         """``first`` came together with the head."""
         self.exec_id = exec_id
         self.stderr = b""
+        self.end_mark = b""
         self._connection = connection
         self._first = first
         self._frames = Frames()
@@ -195,6 +197,8 @@ class EngineStream(ByteStream):
             stream, data = await self.frame()
             if stream == STDOUT:
                 self._rest = data
+            elif self.end_mark and self.end_mark in self.stderr:
+                raise anyio.EndOfStream
         data, self._rest = self._rest[:max_bytes], self._rest[max_bytes:]
         return data
 
