@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import http.server
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 
 from ridethrough import SandboxError, SandboxFileNotFound, Tool, ToolContext, ToolFailed
 from ridethrough.runtime.errors import SandboxTimeout
+from ridethrough.sandboxes.docker import DockerHost
 from ridethrough.sandboxes.local import LocalHost
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import ExecResult, Host, Sandbox
@@ -32,7 +34,7 @@ from ridethrough.tools.builtin import (
     write_file,
 )
 from ridethrough.tools.builtin.files import fits
-from ridethrough.tools.builtin.inside import edit, fetch
+from ridethrough.tools.builtin.inside import edit, fetch, source
 from ridethrough.tools.builtin.results import output_of, told
 from ridethrough.tools.call_sandbox import CallSandbox
 
@@ -455,6 +457,7 @@ BODIES: dict[str, tuple[int, dict[str, str], bytes]] = {
     "/gzip": (200, {"Content-Type": "text/plain", "Content-Encoding": "gzip"}, gzip.compress(b"small " * 10)),
     "/bomb": (200, {"Content-Type": "text/plain", "Content-Encoding": "gzip"}, gzip.compress(b"x" * 50_000_000)),
     "/large": (200, {"Content-Type": "text/plain"}, b"y" * 5_000_000),
+    "/control": (200, {"Content-Type": "text/plain"}, bytes(range(1, 128)) * 40_000),
     "/picture": (200, {"Content-Type": "image/png", "Content-Length": "1234"}, b"\x89PNG\0" + b"x" * 1229),
     "/bare": (200, {}, b"neither type nor length"),
     "/missing": (404, {"Content-Type": "text/html"}, b"<p>gone"),
@@ -538,8 +541,10 @@ async def test_what_cannot_be_fetched(sandbox: Sandbox, server: str, url: str, t
 @on_asyncio
 async def test_large_pages_are_cut(sandbox: Sandbox, server: str) -> None:
     text = await use(fetch_url, sandbox, url=f"{server}/large")
-    assert text.endswith("y\n[the first 4194304 bytes]")
-    assert len(await use(fetch_url, sandbox, url=f"{server}/bomb")) < 4_200_000
+    assert text.endswith("y\n[the first 2097152 bytes]")
+    assert len(await use(fetch_url, sandbox, url=f"{server}/bomb")) < 2_200_000
+    control = await use(fetch_url, sandbox, url=f"{server}/control")
+    assert control.partition("\n\n")[2].startswith("".join(map(chr, range(1, 128))) * 16_500)
 
 
 @on_asyncio
@@ -609,3 +614,55 @@ async def test_calls_at_the_same_time_share_the_workspace(sandbox: Sandbox) -> N
         for number in range(8):
             group.start_soon(one, number)
     assert (await use(list_files, sandbox)).splitlines() == [f"{number}.txt  2" for number in range(8)]
+
+
+# --- in a container -------------------------------------------------------------------------------------------------
+
+
+@on_asyncio
+async def test_in_a_container() -> None:
+    """With ripgrep, a network of its own, and limits that hold."""
+    profile = SandboxProfile(memory=64 * 2**20, disk=16 * 2**20, pids=24)
+    async with DockerHost.open() as host, made_by(host, profile) as sandbox:
+        await tree(sandbox)
+        assert await use(search_files, sandbox, pattern=r"needle = \d+", path="src", glob="*.py") == (
+            "src/a.py:2:needle = 42\nsrc/deep/test_b.py:2:needle = 42"
+        )
+        with pytest.raises(ToolFailed, match=r"could not be made.*"):
+            await use(search_files, sandbox, pattern="(")
+        assert await use(list_files, sandbox, pattern="src/**/*_b.py") == "src/deep/test_b.py  33"
+        changed = await use(edit_file, sandbox, path="main.py", old="needle = 42", new="needle = 43")
+        assert changed.startswith("main.py: Changed in 1 place.")
+        assert await use(read_file, sandbox, path="main.py", offset=2) == "     2\tneedle = 43"
+        assert await use(python, sandbox, code="from main import needle\nneedle") == "43"
+        assert await use(shell, sandbox, command="[[ $(id -u) = 65534 ]] && pwd") == "/workspace"
+        await check_limits(sandbox)
+        await check_network(sandbox)
+
+
+async def check_limits(sandbox: Sandbox) -> None:
+    hog = await use(python, sandbox, code="print('begun')\nx = b'x' * 500_000_000")
+    assert hog == "begun\n[ended: it needed more than the sandbox's memory of 64 MiB]"
+    full = await use(shell, sandbox, command="head -c 30000000 /dev/zero > big")
+    assert full.endswith("[exit status 1: the disk of 16 MiB was full; remove files, or write less]")
+    assert await use(shell, sandbox, command="rm big") == "(no output)"
+    code = "import subprocess\nfor _ in range(100): subprocess.Popen(['sleep', '60'])"
+    crowd = await use(python, sandbox, code=code)
+    assert "[ended: it started more than the 24 processes and threads that the sandbox may have]" in crowd
+    assert await use(shell, sandbox, command="echo well") == "well"
+
+
+async def check_network(sandbox: Sandbox) -> None:
+    serving = ["python3", "-m", "http.server", "8000", "--bind", "127.0.0.1"]
+    process = await sandbox.start(serving, timeout=60)
+    waiting = "import time, urllib.request\nfor _ in range(200):\n    try:\n        urllib.request.urlopen('http://127.0.0.1:8000')"
+    await use(python, sandbox, code=f"{waiting}\n        break\n    except OSError:\n        time.sleep(0.05)")
+    assert (await use(fetch_url, sandbox, url="http://127.0.0.1:8000/docs/a.md")).endswith("# docs/a.md\nneedle = 42\n")
+    await process.kill()
+    with pytest.raises(ToolFailed, match="has no network"):
+        await use(fetch_url, sandbox, url="https://example.com/")
+
+
+def test_what_runs_inside_is_python_3_8() -> None:
+    for name in ("edit", "fetch", "notebook"):
+        ast.parse(source(name), feature_version=(3, 8))

@@ -32,8 +32,8 @@ def output_of(result: ExecResult) -> str:
 def _stream(kept: bytes, total: int, truncated: bool) -> str:
     if not truncated or total <= len(kept):
         return kept.decode("utf-8", "replace")
-    half = len(kept) // 2
-    head, tail = kept[:half].decode("utf-8", "replace"), kept[half:].decode("utf-8", "replace")
+    cut = len(kept) - len(kept) // 2
+    head, tail = kept[:cut].decode("utf-8", "replace"), kept[cut:].decode("utf-8", "replace")
     return f"{head}\n[... {total - len(kept)} bytes of output were not kept ...]\n{tail}"
 
 

@@ -17,8 +17,8 @@ DEADLINE: Final = 60.0
 ANSWER: Final = 30.0
 """Seconds of silence after which a server is given up."""
 
-MOST: Final = 4 * 1024 * 1024
-"""Bytes of a body that are read."""
+MOST: Final = 2 * 1024 * 1024
+"""Bytes of a body that are read: as JSON they are six times as many at most, which still is an answer."""
 
 OWN: Final = ("localhost", "127.0.0.1")
 """Where the sandbox reaches itself, with or without a network."""

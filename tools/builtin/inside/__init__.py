@@ -15,6 +15,9 @@ from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxTimeout
 from ridethrough.sandboxes.sandbox import ExecResult, Sandbox
 
 PYTHON: Final = "python3"
+LONGEST_ANSWER: Final = 16 * 1024 * 1024
+"""Bytes of an answer."""
+
 NOT_THERE: Final = (126, 127)
 """What shells and Docker answer for a program that is not there."""
 
@@ -38,7 +41,8 @@ async def run_inside(sandbox: Sandbox, name: str, given: dict[str, Any], timeout
         SandboxTimeout, SandboxGone, SandboxUnavailable: as ever.
     """
     try:
-        result = await sandbox.exec([PYTHON, "-I", "-c", source(name)], stdin=json.dumps(given), timeout=timeout)
+        argv, asked = [PYTHON, "-I", "-c", source(name)], json.dumps(given)
+        result = await sandbox.exec(argv, stdin=asked, timeout=timeout, keep_output=LONGEST_ANSWER)
     except (SandboxTimeout, SandboxGone, SandboxUnavailable):
         raise
     except SandboxError as error:
@@ -50,10 +54,10 @@ async def run_inside(sandbox: Sandbox, name: str, given: dict[str, Any], timeout
 
 def _answer(name: str, result: ExecResult) -> dict[str, Any]:
     try:
-        found = json.loads(result.stdout.splitlines()[-1])
-    except (ValueError, IndexError, RecursionError):
+        found = json.loads(result.stdout_bytes)
+    except (ValueError, RecursionError):
         found = None
-    if isinstance(found, dict):
+    if isinstance(found, dict) and not result.truncated:
         return found
     why = f"the sandbox's {result.limit} limit was reached" if result.limit else result.stderr.strip()[-500:]
     raise ToolFailed(

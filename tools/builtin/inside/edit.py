@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import stat
 import sys
-import tempfile
-from typing import Any
+
+TYPE_CHECKING = False  # as in typing, which takes longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 LARGEST = 16 * 1024 * 1024
 """Bytes of a file that is edited."""
@@ -110,6 +111,8 @@ def _nearest(lines: list[str], wanted: list[str]) -> tuple[int | None, bool]:
         return best, bare[best : best + len(goal)] == goal
     longest = max(goal, key=len, default="")[:200]
     starts = {line[:200]: numbers[0] for line, numbers in reversed(list(places.items())[:2000]) if line}
+    import difflib  # slow to import, and seldom needed
+
     close = difflib.get_close_matches(longest, list(starts), 1, 0.6)
     return (starts[close[0]], False) if close else (None, False)
 
@@ -137,14 +140,15 @@ def target(path: str) -> str:
 
 def replace(path: str, data: bytes) -> None:
     """Put ``data`` in the place of a file's content, at once, with the same permissions."""
-    handle, beside = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".edit-")
+    beside = f"{os.path.dirname(path)}/.edit-{os.urandom(6).hex()}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(beside, "xb") as file:
             file.write(data)
         os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
         os.replace(beside, path)
     except BaseException:
-        os.unlink(beside)
+        if os.path.lexists(beside):
+            os.unlink(beside)
         raise
 
 

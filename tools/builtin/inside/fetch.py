@@ -168,4 +168,4 @@ def answer(given: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(answer(json.load(sys.stdin))) + "\n")
+    sys.stdout.buffer.write(json.dumps(answer(json.load(sys.stdin)), ensure_ascii=False).encode("utf-8", "replace"))
