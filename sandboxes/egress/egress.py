@@ -77,6 +77,7 @@ class Egress:
         hosts_file: Path | None = None,
         cafile: Path | None = None,
         nameservers: Sequence[str] = (),
+        patience: int = 15,
     ) -> AsyncGenerator[Egress]:
         """Nothing is started before the first connection.
 
@@ -87,10 +88,12 @@ class Egress:
             hosts_file: Names and addresses that go before DNS; ``/etc/hosts`` when left out.
             cafile: Who vouches for the hosts of ``inject``; the system's authorities when left out.
             nameservers: Addresses of name servers; the system's when left out.
+            patience: Seconds that a request, or the greeting in a tunnel, may take to arrive.
         """
         book = Book(on_decision)
         async with book.kept(), anyio.create_task_group() as tasks:
-            egress = cls(tasks, Options(binary, hosts_file, cafile, tuple(nameservers)), book, base)
+            options = Options(binary, hosts_file, cafile, tuple(nameservers), patience)
+            egress = cls(tasks, options, book, base)
             try:
                 yield egress
             finally:

@@ -31,6 +31,7 @@ NEVER: Final = (
     "224.0.0.0/4",  # multicast
     "240.0.0.0/4",  # reserved, broadcast
     "::/128",
+    "::2-::ffff:ffff",  # IPv4 addresses as they were once written, without ::1
     "64:ff9b::/96",  # NAT64: an IPv4 address in disguise, as are the next three
     "64:ff9b:1::/48",
     "2001::/32",

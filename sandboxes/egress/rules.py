@@ -16,7 +16,7 @@ pretend to be the other side, and the program in the sandbox would see a broken 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
@@ -45,6 +45,7 @@ class Place:
     hosts_file: Path | None = None
     cafile: Path | None = None
     nameservers: tuple[str, ...] = ()
+    patience: int = 15
 
     def client(self, number: int) -> IPv6Address:
         """The address of the connections of ``number``."""
@@ -103,18 +104,29 @@ def _any(name: str, of: Iterable[str]) -> str:
 def _access(policy: Policy) -> Iterator[str]:
     yield "acl plainhttp proto HTTP"
     yield "acl reflecting method TRACE"
-    yield f"acl never dst {' '.join(NEVER)}"
-    yield f"acl private dst {' '.join(PRIVATE)}"
+    yield from _addresses("never", NEVER)
+    yield from _addresses("private", PRIVATE)
     yield "http_access deny !ours"
     yield from _refuse("request", "manager")
     yield from _refuse("request", "!CONNECT !plainhttp")
     yield from _refuse("request", "reflecting")
     yield from _refuse("name", "!named")
     yield from _refuse("port", "!listed")
-    yield from _refuse("never", "never")
-    yield from _refuse("private", "private !mayprivate")
+    yield from _addresses_refused()
     yield "http_access allow listed"
     yield "http_access deny all"
+
+
+def _addresses_refused() -> Iterator[str]:
+    yield from _refuse("never", "never")
+    yield from _refuse("private", "private !mayprivate")
+
+
+def _addresses(name: str, ranges: Sequence[str]) -> Iterator[str]:
+    """A list for each range: squid searches a list in an order that ranges of both families, or of different sizes, do
+    not keep to, and misses some of the addresses in them."""
+    yield from (f"acl {name}{number} dst {each}" for number, each in enumerate(ranges))
+    yield _any(name, (f"{name}{number}" for number, _ in enumerate(ranges)))
 
 
 _told: Final = {"tunnel": (407, "CONNECT "), "plain": (403, "")}
@@ -190,6 +202,8 @@ def _quiet(place: Place) -> Iterator[str]:
         yield f"hosts_file {place.hosts_file}"
     if place.nameservers:
         yield f"dns_nameservers {' '.join(place.nameservers)}"
+    yield f"request_start_timeout {place.patience} seconds"
+    yield f"request_timeout {place.patience} seconds"
     yield from _FIXED.strip().splitlines()
 
 
@@ -210,8 +224,6 @@ global_internal_static off
 max_filedescriptors 4096
 request_header_max_size 32 KB
 reply_header_max_size 64 KB
-request_start_timeout 15 seconds
-request_timeout 30 seconds
 client_idle_pconn_timeout 30 seconds
 connect_timeout 15 seconds
 forward_timeout 30 seconds

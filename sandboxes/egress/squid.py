@@ -97,6 +97,7 @@ class Options:
     hosts_file: Path | None = None
     cafile: Path | None = None
     nameservers: tuple[str, ...] = ()
+    patience: int = 15
 
 
 @dataclass(slots=True)
@@ -207,7 +208,15 @@ async def running(policy: Policy, options: Options) -> AsyncGenerator[Squid]:
     """
     programs, user = Programs.find(options.binary), _user()
     with _folder(user) as folder:
-        place = Place(_free_port(), _clients(), folder, options.hosts_file, options.cafile, options.nameservers)
+        place = Place(
+            _free_port(),
+            _clients(),
+            folder,
+            _copy(options.hosts_file, folder, user),
+            _copy(options.cafile, folder, user),
+            options.nameservers,
+            options.patience,
+        )
         await _furnish(policy, place, programs, user)
         log = os.open(place.log, os.O_RDWR | os.O_NONBLOCK)  # for writing too: so it has no end while nobody writes
         try:
@@ -256,6 +265,19 @@ def _clients() -> str:
     """A range of private addresses (RFC 4193) that cannot be guessed: 88 bits of it are random."""
     first = b"\xfd" + secrets.token_bytes(11) + bytes(4)
     return f"{ipaddress.IPv6Address(first)}/96"
+
+
+def _copy(file: Path | None, folder: Path, user: pwd.struct_passwd | None) -> Path | None:
+    """A file that squid's user may not be able to read."""
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SandboxUnavailable(f"the proxy of sandboxes needs {file}, which cannot be read: {error}") from None
+    copy = folder / f"copy-{file.name}"
+    _write(copy, text, user)
+    return copy
 
 
 async def _furnish(policy: Policy, place: Place, programs: Programs, user: pwd.struct_passwd | None) -> None:

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -83,7 +83,6 @@ class Origins:
 @contextmanager
 def origins(folder: Path) -> Generator[Origins]:
     """Serve until the end of the block."""
-    folder.chmod(0o755)
     certificate, key, cafile = _certificates(folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -93,8 +92,8 @@ def origins(folder: Path) -> Generator[Origins]:
     hosts.write_text(
         f"127.0.0.1 {' '.join(NAMES)} private.test\n169.254.169.254 metadata.test\n0.0.0.0 nowhere.test\n"
         "10.1.2.3 inner.test\n::1 six.test\nfe80::1 link.test\n64:ff9b::7f00:1 nat64.test\n"
-        "::ffff:127.0.0.1 mapped.test\n2002:7f00:1::1 sixtofour.test\nfd00:ec2::254 metadata6.test\n224.0.0.1 many.test\n"
-        "168.63.129.16 wire.test\n::127.0.0.1 compatible.test\n"
+        "::ffff:127.0.0.1 mapped.test\n2002:7f00:1::1 sixtofour.test\nfd00:ec2::254 metadata6.test\n"
+        "224.0.0.1 many.test\n168.63.129.16 wire.test\n::7f00:1 compatible.test\n"
     )
     threads = [threading.Thread(target=server.serve_forever, args=(0.05,)) for server in (plain, tls)]
     for thread in threads:
@@ -117,7 +116,6 @@ def _certificates(folder: Path) -> tuple[Path, Path, Path]:
                      "-keyout server.key -out server.csr")  # fmt: skip
     _openssl(folder, "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names "
                      "-out server.pem")  # fmt: skip
-    (folder / "ca.pem").chmod(0o644)
     return folder / "server.pem", folder / "server.key", folder / "ca.pem"
 
 
@@ -135,9 +133,13 @@ async def connected(relay: Relay) -> AsyncGenerator[socket.socket]:
     ours.settimeout(SECONDS)
     stream = await UNIXSocketStream.from_socket(theirs)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(relay, stream)
+        tasks.start_soon(_served, relay, stream)
         with ours:
             yield ours
+
+
+async def _served(relay: Relay, stream: UNIXSocketStream) -> None:
+    await relay(stream)
 
 
 async def during(relay: Relay, work: Callable[[socket.socket], T]) -> T:
@@ -153,10 +155,8 @@ async def ask(relay: Relay, request: bytes | str) -> bytes:
 
 
 def _exchange(connection: socket.socket, data: bytes) -> bytes:
-    try:
+    with suppress(OSError):  # the other side has heard enough
         connection.sendall(data)
-    except OSError:
-        pass  # the other side has heard enough
     return read_all(connection)
 
 
