@@ -39,7 +39,7 @@ from ridethrough.sandboxes.profile import SandboxProfile
 if TYPE_CHECKING:
     from ridethrough.runtime.runtime import Lodgings
     from ridethrough.runtime.worker import Worker
-    from ridethrough.sandboxes.egress import Decision
+    from ridethrough.sandboxes.egress.audit import Decision
     from ridethrough.sandboxes.pool import Pool
     from ridethrough.sandboxes.sandbox import Host, RelayFor, Sandbox, Snapshot
 
@@ -304,11 +304,12 @@ class Lodging(Companion):
 
         try:
             async with AsyncExitStack() as stack:
-                quarters.host = await stack.enter_async_context(await self._host(kind, stack))
+                host: Host = await stack.enter_async_context(await self._host(kind, stack))
+                quarters.host = host
                 quarters.pool = await stack.enter_async_context(
                     Pool.open(
-                        quarters.host,
-                        before=lambda id, profile: self._register(_there(quarters.host), id, profile),
+                        host,
+                        before=lambda id, profile: self._register(host, id, profile),
                         after=lambda id: self._forget(id, "thrown away"),
                         labels={STORE_LABEL: self._store_id()},
                         linger=self.config.sandbox_lease_seconds,
@@ -335,7 +336,7 @@ class Lodging(Companion):
     async def _relays(self, stack: AsyncExitStack) -> RelayFor | None:
         if not any(profile.network for profile in self.profiles.values()):
             return None
-        from ridethrough.sandboxes.egress import Egress
+        from ridethrough.sandboxes.egress.egress import Egress
 
         base = self.config.path.parent if self.config.path else None
         egress = await stack.enter_async_context(Egress.open(on_decision=self._decided, base=base))
