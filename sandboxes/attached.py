@@ -368,7 +368,7 @@ class AttachedSandbox(Sandbox):
                     raise self._too_late(command, await self.channel.stuck("follow", command.patience))
             yield exchange.result()
         finally:
-            exchange.leave()
+            self._stop(exchange)
 
     async def collect(self, command: Command) -> ExecResult:
         """Wait for the end of a call.
@@ -640,9 +640,13 @@ class AttachedSandbox(Sandbox):
                 yield change
             exchange.result()
         finally:
-            if not exchange.finished and not self.channel.ended:
-                self.channel.post("unwatch", {"of": exchange.n}).leave()
-            exchange.leave()
+            self._stop(exchange)
+
+    def _stop(self, exchange: Exchange) -> None:
+        """Leave an exchange that has events for as long as anybody listens."""
+        if not exchange.finished and not self.channel.ended:
+            self.channel.post("unwatch", {"of": exchange.n}).leave()
+        exchange.leave()
 
     # --- the whole --------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ old one's connection ends.
     remove, mkdir       path                                                -
     watch               path                                                events {"event": "change", kind, path}; no
                                                                             reply before unwatch
-    unwatch             of (the n of the watch)                             -
+    unwatch             of (the n of the watch, or of a follow)             -
     sweep               keep: [ids]                                         killed (count): ends everything that belongs
                                                                             to no call of ``keep``
     reset               -                                                   clean: bool: nothing runs, workspace and

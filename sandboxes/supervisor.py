@@ -483,14 +483,14 @@ class Tree:
 
     def below(self, each: Process, table: dict[int, Process]) -> bool:
         """Whether a process comes from this one."""
+        up: Process | None = each
         for _ in range(len(table)):
-            if each.parent in self.roots:
-                return True
-            up = table.get(each.parent)
             if up is None:
-                return not self.reaper and tag_of(each.pid) is not None and self.me == self.supervisor_of(each.pid)
-            each = up
-        return False
+                break
+            if up.parent in self.roots:
+                return True
+            up = table.get(up.parent)
+        return not self.reaper and self.me == self.supervisor_of(each.pid)
 
     def supervisor_of(self, pid: int) -> int:
         """The supervisor whose call a process says it belongs to."""
@@ -2264,11 +2264,16 @@ class Supervisor:
         return None
 
     def op_unwatch(self, conn: Connection, n: int, header: Header, body: bytes) -> Answer:
-        """End a watch."""
+        """End a watch, or the following of a call."""
         of = field(header, "of", int)
         if of in conn.watches:
             conn.watches.remove(of)
             conn.reply(of, {})
+        follower = conn.follows.pop(of, None)
+        if follower is not None:
+            follower.call.followers.remove(follower)
+            conn.reply(of, {})
+            self.settle(follower.call)
         return {}, b""
 
     # --- the network

@@ -348,8 +348,11 @@ class Conformance:
 
     async def test_a_process_in_the_background_is_signalled_and_killed(self, box: Sandbox) -> None:
         mark = new_id()
-        line = f"trap 'echo usr1' USR1; echo ready; while :; do sleep 0.01; done; : {mark}"
-        process = await box.start(["sh", "-c", line], timeout=PATIENCE)
+        program = (
+            "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('usr1', flush=True))\n"
+            f"print('ready', flush=True)\nwhile True: signal.pause() # {mark}"
+        )
+        process = await box.start(["python3", "-c", program], timeout=PATIENCE)
         async with closing(process.output()) as items:
             assert (await anext(items)).data == b"ready\n"
             await process.signal(signal.SIGUSR1)
@@ -640,7 +643,8 @@ class Conformance:
             await session.run("x = 1")
             with pytest.raises(SandboxTimeout, match="lost") as caught:
                 await session.run(
-                    f"import subprocess; subprocess.Popen(['sh', '-c', 'sleep 1000; : {mark}'], start_new_session=True)\n"
+                    f"argv = ['sh', '-c', 'sleep 1000; : {mark}']\n"
+                    "import subprocess; subprocess.Popen(argv, start_new_session=True)\n"
                     "print('hanging', flush=True)\nwhile True: pass",
                     timeout=0.7,
                 )
