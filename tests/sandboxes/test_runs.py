@@ -374,7 +374,7 @@ async def started(folder: Path, calls: int) -> bool:
 @pytest.mark.processes
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 async def test_calls_go_on_while_their_worker_is_dead(tmp_path: Path, kind: str, signal_number: int) -> None:
-    calls, seconds = (20, 4.0) if kind == "docker" else (5, 2.0)
+    calls, seconds = (20, 10.0) if (kind, signal_number) == ("docker", signal.SIGKILL) else (5, 3.0)
     first = begin_life(tmp_path, calls, seconds, kind)
     try:
         await until(lambda: started(tmp_path, calls))
@@ -389,3 +389,47 @@ async def test_calls_go_on_while_their_worker_is_dead(tmp_path: Path, kind: str,
     assert told[:calls] == [f"done {number}" for number in range(calls)], out
     written = Counter(told[calls].strip("[]").replace('"', "").split(","))
     assert written == Counter({f"{what} {number}": 1 for what in ("begin", "end") for number in range(calls)})
+    assert nothing_left(tmp_path, kind)
+
+
+def nothing_left(folder: Path, kind: str) -> bool:
+    """Whether the host has none of the sandboxes that are on record, those kept ready included."""
+    store = Store(f"sqlite:///{folder / 'runs.db'}")
+    rows = store.read_now(lambda connection: store.sandboxes(connection, live=False))
+    store.close()
+    assert rows
+    if kind == "docker":
+        listed = subprocess.run(["docker", "ps", "-aq", "--no-trunc", "--format", "{{.Names}}"], capture_output=True)
+        return not {f"ridethrough-{row.id}" for row in rows} & set(listed.stdout.decode().split())
+    return not any(row.live for row in rows if row.run_id is not None)
+
+
+# --- the network ----------------------------------------------------------------------------------------------------
+
+
+@tool(sandbox="python", effect="read")
+def ask_around() -> str:
+    """Ask for a page that is not on the list."""
+    import urllib.request
+
+    try:
+        urllib.request.urlopen("http://not-on-the-list.test/")
+    except OSError as error:
+        return str(error)
+    return "let through"
+
+
+async def test_what_a_run_asks_of_the_network_is_on_record(tmp_path: Path, python_image: str) -> None:
+    model = Scripted(call("ask_around"), "done")
+    text = 'durability = "process"\nreaper_seconds = 0.1\n[sandboxes.python]\nnetwork = ["on-the-list.test"]\n'
+    where = f"sqlite:///{tmp_path / 'runs.db'}"
+    async with Runtime.open(where, config=parse_config(text), grace=0.0) as runtime:
+        run = await runtime.start(Agent("worker", model=model, tools=[ask_around]), "go")
+        with anyio.fail_after(PATIENCE):
+            await run.result()
+        assert "403" in model.results[0]
+    store = Store(where)
+    [asked] = store.read_now(lambda connection: store.egress(connection, run.id))
+    store.close()
+    assert (asked.host, asked.port, asked.allowed) == ("not-on-the-list.test", 80, False)
+    assert asked.reason
