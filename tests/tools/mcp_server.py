@@ -4,7 +4,7 @@
 
 It speaks newline-delimited JSON-RPC, revision 2025-11-25 (``modern``: 2026-07-28). Every message that it gets is
 noted in LOG, one line each. Modes: ``hang`` answers nothing, ``exit`` ends at once, ``deaf`` does not read after its
-first answers, ``stubborn`` ignores SIGTERM and the end of its input, ``endless`` has a list of tools without an end,
+first call, ``stubborn`` ignores SIGTERM and the end of its input, ``endless`` has a list of tools without an end,
 ``clash`` has two tools that become one name, ``greets`` says hello on standard output first.
 """
 
@@ -187,7 +187,7 @@ def main():
                 threading.Thread(target=answer, args=(message,), daemon=True).start()
             else:
                 answer(message)
-        if MODE == "deaf" and message["method"] == "tools/list":
+        if MODE == "deaf" and message["method"] == "tools/call":
             time.sleep(3600)
     while MODE == "stubborn":
         time.sleep(3600)

@@ -46,13 +46,16 @@ class Service(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Service
+    @property
+    def service(self) -> Service:
+        assert isinstance(self.server, Service)
+        return self.server
 
     def handle_one(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
         seen = {"method": self.command, "path": self.path, "headers": headers, "body": body.decode()}
-        self.server.seen.append(seen)
+        self.service.seen.append(seen)
         path = self.path.partition("?")[0]
         if path == "/gone":
             self.connection.close()
@@ -78,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = handle_one
 
     def _redirect(self, where: str) -> None:
-        target = {"elsewhere": f"{self.server.elsewhere}/echo", "here": "/echo", "round": "/redirect/round"}[where]
+        target = {"elsewhere": f"{self.service.elsewhere}/echo", "here": "/echo", "round": "/redirect/round"}[where]
         self._send(302 if self.command == "POST" else 307, "", b"", ("location", target))
 
     def _send(self, status: int, kind: str, body: bytes, *more: tuple[str, str]) -> None:

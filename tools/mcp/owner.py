@@ -194,6 +194,7 @@ class Owner:
                 attempt.settle(connection)
                 await self._serve(connection)
                 connection.end()
+                life.hang_up()
                 tasks.cancel_scope.cancel()
 
     async def _serve(self, connection: Connection) -> None:

@@ -11,7 +11,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from anyio.streams.memory import MemoryObjectSendStream
 
-from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxTimeout, ToolFailed
+from ridethrough.runtime.errors import SandboxError, ToolFailed
 
 if TYPE_CHECKING:
     from mcp.shared.message import SessionMessage
@@ -201,9 +201,10 @@ class SandboxPipe(Pipe):
 
     async def aclose(self) -> str:
         with anyio.move_on_after(GRACE_SECONDS), suppress(SandboxError):
-            await self._process.close_stdin()
+            with suppress(SandboxError):  # it may have ended already
+                await self._process.close_stdin()
             return _result(await self._process.wait())
-        with anyio.move_on_after(2 * GRACE_SECONDS), suppress(SandboxGone, SandboxTimeout, SandboxError):
+        with anyio.move_on_after(2 * GRACE_SECONDS), suppress(SandboxError):
             await self._process.kill()
         return self._ended or "it was ended"
 
@@ -224,6 +225,8 @@ class Life:
     complaint: str = ""
     ending: str = ""
     tail: str = ""
+    hang_up: Callable[[], None] = lambda: None
+    """Lets whoever still writes to it fail: a server that does not read must not hold up its own end."""
 
     def told(self, reason: str = "") -> str:
         """What became of it, for an error's message; ``reason`` is what others know."""
@@ -248,6 +251,7 @@ async def spoken(pipe: Pipe, life: Life) -> AsyncGenerator[Any]:
             group.start_soon(pipe.watch)
             group.start_soon(_read, pipe, life, told)
             group.start_soon(_write, pipe, asked)
+            life.hang_up = asked.close
             try:
                 yield incoming, outgoing
             finally:
@@ -266,8 +270,8 @@ async def _read(pipe: Pipe, life: Life, told: MemoryObjectSendStream[SessionMess
     """Hand messages on until the process ends, or breaks the rules; whatever it writes then is thrown away."""
     async with aclosing(pipe.output()) as output:
         try:
-            async with told:
-                async for line in _lines(output):
+            async with told, aclosing(_lines(output)) as lines:
+                async for line in lines:
                     await told.send(line)
         except _Breach as breach:
             life.complaint = str(breach)
@@ -278,7 +282,7 @@ async def _read(pipe: Pipe, life: Life, told: MemoryObjectSendStream[SessionMess
             pass
 
 
-async def _lines(output: AsyncIterator[bytes]) -> AsyncIterator[SessionMessage]:
+async def _lines(output: AsyncIterator[bytes]) -> AsyncGenerator[SessionMessage]:
     """The messages among the lines.
 
     Raises:

@@ -231,6 +231,7 @@ class McpServer:
 
     async def _definitions(self) -> list[dict[str, Any]]:
         connection = await self._owner().connection()
+        connection.stale = True  # not every server tells when its list changes
         try:
             return [definition_of(tool) for tool in (await connection.listed()).values()]
         except Exception as error:

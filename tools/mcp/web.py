@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
+import anyio
 import httpx2
 
 from ridethrough.runtime.router.address import proxy_for
@@ -81,22 +82,32 @@ class _Bounded(httpx2.AsyncByteStream):
         events = response.headers.get("content-type", "").lower().startswith("text/event-stream")
         self._limit = MAX_STREAM if events else MAX_MESSAGE
         self._packed = response.headers.get("content-encoding", "identity").lower() not in ("", "identity")
+        self._arriving = aiter(self._stream)
+        self._size = 0
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Itself: what is no generator need not be closed when the SDK stops in the middle."""
+        return self
+
+    async def __anext__(self) -> bytes:
         if self._packed:
             raise httpx2.StreamError("the answer is compressed, and was not asked to be")
         try:
-            async for chunk in self._stream:
-                size += len(chunk)
-                if size > self._limit:
-                    raise httpx2.StreamError(f"the answer has more than {self._limit >> 20} MiB, which is the limit")
-                yield chunk
+            chunk = await anext(self._arriving)
         except httpx2.TransportError as error:
             raise httpx2.StreamError(f"the connection broke: {error or type(error).__name__}") from error
+        self._size += len(chunk)
+        if self._size > self._limit:
+            raise httpx2.StreamError(f"the answer has more than {self._limit >> 20} MiB, which is the limit")
+        return chunk
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        """Close the connection's part, and run what the library has of it to its end: it closes itself only then."""
+        with anyio.CancelScope(shield=True):
+            await self._stream.aclose()
+            with suppress(Exception):
+                while await anext(self._arriving, None) is not None:
+                    pass
 
 
 async def _explained(request: httpx2.Request, response: httpx2.Response, secrets: Sequence[str]) -> httpx2.Response:
