@@ -160,6 +160,8 @@ class Line:
 
     def _failed(self) -> str:
         error = self.error.rpartition(":")[2].removeprefix("ERR_").replace("_", " ").lower()
+        if error == "read error" and not self.server:
+            return "its address could not be found"
         return error or (f"the other side could not be reached, status {self.status}" if self._is_cut() else "")
 
     def _is_cut(self) -> bool:

@@ -18,9 +18,11 @@ _GONE: Final = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResour
 
 
 async def join(inside: ByteStream, proxy: ByteStream) -> None:
-    """Carry bytes in both directions until both have ended, or one is broken.
+    """Carry bytes in both directions until the proxy has ended its own, or one is broken.
 
-    The proxy's first answer may be a refusal with the status that ``rules.py`` explains; it is put right.
+    What the sandbox ends is told to the proxy, which ends the rest: no program in a sandbox can hold a connection that
+    the proxy has given up. The proxy's first answer may be a refusal with the status that ``rules.py`` explains; it is
+    put right.
     """
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_carry, inside, proxy, tasks.cancel_scope)
@@ -36,6 +38,7 @@ async def _answer(proxy: ByteStream, inside: ByteStream, scope: anyio.CancelScop
             first = _FORBIDDEN + first.removeprefix(_REFUSED)
         await inside.send(first)
     await _carry(proxy, inside, scope)
+    scope.cancel()
 
 
 async def _carry(source: ByteStream, target: ByteStream, scope: anyio.CancelScope) -> None:

@@ -26,13 +26,26 @@ from ridethrough.sandboxes.egress.audit import LOG_FORMAT
 from ridethrough.sandboxes.egress.policy import NEVER, PRIVATE, Policy
 
 PAGES: Final = {
-    "name": "%H is not on the list of hosts that this sandbox may reach.",
-    "port": "This sandbox may not reach port %p of %H.",
-    "request": "The proxy of this sandbox takes CONNECT, and requests for http:// addresses.",
-    "never": "%H leads to an address that no sandbox may reach.",
-    "private": "%H leads to a private address, which this sandbox may not reach.",
+    "ridethrough-name": "%H is not on the list of hosts that this sandbox may reach.",
+    "ridethrough-port": "This sandbox may not reach port %p of %H.",
+    "ridethrough-request": "The proxy of this sandbox takes CONNECT, and requests for http:// addresses.",
+    "ridethrough-never": "%H leads to an address that no sandbox may reach.",
+    "ridethrough-private": "%H leads to a private address, which this sandbox may not reach.",
+    "ERR_ACCESS_DENIED": "The proxy of this sandbox refuses this.",
+    "ERR_DNS_FAIL": "The address of %H could not be found.",
+    "ERR_CONNECT_FAIL": "%H could not be reached.",
+    "ERR_CANNOT_FORWARD": "%H could not be reached.",
+    "ERR_SECURE_CONNECT_FAIL": "No TLS connection to %H could be made.",
+    "ERR_READ_ERROR": "%H gave no answer, or its address could not be found.",
+    "ERR_READ_TIMEOUT": "%H did not answer in time.",
+    "ERR_WRITE_ERROR": "%H ended the connection before it had answered.",
+    "ERR_ZERO_SIZE_OBJECT": "%H ended the connection without an answer.",
+    "ERR_INVALID_RESP": "%H gave an answer that is no HTTP.",
+    "ERR_INVALID_REQ": "This is no HTTP request.",
+    "ERR_INVALID_URL": "This is no address that a proxy could ask for.",
+    "ERR_TOO_BIG": "The request is too large.",
 }
-"""What the sandbox is told, by rule."""
+"""What the sandbox is told: a line, for a model to read, in place of squid's pages. Those of rules have their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +217,13 @@ def _quiet(place: Place) -> Iterator[str]:
         yield f"dns_nameservers {' '.join(place.nameservers)}"
     yield f"request_start_timeout {place.patience} seconds"
     yield f"request_timeout {place.patience} seconds"
+    yield from _NO_REVERSE_LOOKUPS
     yield from _FIXED.strip().splitlines()
 
+
+_NO_REVERSE_LOOKUPS: Final = ('url_rewrite_extras "none"', 'store_id_extras "none"')
+"""By default helpers (there are none) are told the client's name, and so the name of each client's address is looked
+up: ours are secret, and made up."""
 
 _FIXED: Final = """
 buffered_logs off

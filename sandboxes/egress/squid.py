@@ -283,8 +283,8 @@ def _copy(file: Path | None, folder: Path, user: pwd.struct_passwd | None) -> Pa
 async def _furnish(policy: Policy, place: Place, programs: Programs, user: pwd.struct_passwd | None) -> None:
     os.mkfifo(place.log, 0o600)
     _give(place.log, user)
-    for rule, text in PAGES.items():
-        _write(place.folder / f"ridethrough-{rule}", f"{text}\n", user)
+    for name, text in PAGES.items():
+        _write(place.folder / name, f"{text}\n", user)
     _write(place.folder / "unused.pem", await _certificate(programs.openssl), user)
     _write(place.folder / "squid.conf", configuration(policy, place), user)
 

@@ -590,6 +590,23 @@ def shared() -> Generator[Path]:
         yield Path(folder)
 
 
+async def test_a_host_that_does_not_answer_is_a_failure_and_no_refusal(web: Origins) -> None:
+    """And what the sandbox is told has nothing in it of how its connections are called."""
+    told: list[Decision] = []
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        async with opened(web, told) as egress:
+            relay = egress.relay_for(SandboxProfile(network=(f"good.test:{port}",), private_hosts=("good.test",)), "a")
+            silent = (await ask(relay, get(f"http://good.test:{port}/"))).decode()
+            assert (await tunnel(relay, f"good.test:{port}", "good.test", web.cafile)).startswith("no TLS")
+    assert silent.startswith("HTTP/1.1 503")
+    assert silent.endswith("\r\n\r\ngood.test could not be reached.\n")
+    assert not re.search("fd[0-9a-f]{2}:", silent)
+    assert (told[0].allowed, told[0].reason, told[0].status) == (True, "connect fail", 503)
+    assert told[1].reason == "the other side could not be reached, status 503"
+
+
 # --- the life of a proxy --------------------------------------------------------------------------------------------
 
 
