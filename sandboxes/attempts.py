@@ -124,7 +124,7 @@ def network(gateway: str = "") -> Verdict:
     others = [name for _, name in socket.if_nameindex() if name != "lo"]
     if others:
         return False, "there are interfaces: " + ", ".join(others)
-    targets = [(socket.AF_INET, "192.0.2.1"), (socket.AF_INET, "169.254.169.254"), (socket.AF_INET6, "2001:db8::1")]
+    targets = [(socket.AF_INET, "198.51.100.1"), (socket.AF_INET, "169.254.169.254"), (socket.AF_INET6, "2001:db8::1")]
     if gateway:
         targets.append((socket.AF_INET, gateway))
     through = [address for family, address in targets if not _unreachable(family, address)]
