@@ -17,7 +17,7 @@ pretend to be the other side, and the program in the sandbox would see a broken 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Final
@@ -53,7 +53,7 @@ class Place:
     """What a proxy is told besides the policy: its port, the addresses of its connections, its files."""
 
     port: int
-    clients: str
+    clients: str = field(repr=False)
     folder: Path
     hosts_file: Path | None = None
     cafile: Path | None = None

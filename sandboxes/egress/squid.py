@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import pwd
+import re
 import secrets
 import shutil
 import socket
@@ -56,6 +57,10 @@ exit "$status"
 """Its standard input is a pipe that ends with this process, however that ends: then squid is killed."""
 
 _LONGEST_LINE: Final = 16 * 1024
+_LONGEST_SAID: Final = 500
+_WITH_SECRET: Final = re.compile(r"(request_header_add \S+).*")
+"""A line of the configuration that squid quotes: escaped or cut, the secret in it would not be found."""
+
 _NAP: Final = 0.005
 
 OURS: Final = 0
@@ -112,7 +117,7 @@ class Squid:
     place: Place
     process: Process
     log: int
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...] = field(repr=False)
     said: deque[str] = field(default_factory=lambda: deque[str](maxlen=20))
     unlogged: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     _part: bytes = b""
@@ -155,7 +160,7 @@ class Squid:
 
     def last_words(self) -> str:
         """What it said at the end, without secrets."""
-        text = " / ".join(self.said) or "it said nothing"
+        text = " / ".join(_WITH_SECRET.sub(r"\1 ...", line) for line in self.said) or "it said nothing"
         for secret in self.secrets:
             text = text.replace(secret, "...")
         return text
@@ -193,7 +198,7 @@ class Squid:
 def _lines(piece: bytes) -> list[str]:
     """What is worth keeping of its messages: that most error pages are not ours but its own is not."""
     lines = (line.strip() for line in piece.decode("utf-8", "replace").splitlines())
-    return [line for line in lines if line and "ERROR: loading file" not in line]
+    return [line[:_LONGEST_SAID] for line in lines if line and "ERROR: loading file" not in line]
 
 
 # --- starting and stopping ------------------------------------------------------------------------------------------
