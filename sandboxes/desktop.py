@@ -222,21 +222,17 @@ class Desktop:
 
     # --- acting -----------------------------------------------------------------------------------------------------
 
-    async def open(self, url: str, *, timeout: float = 60.0) -> Window | None:
-        """Show a page in the browser, in a new tab where there is one already, and wait until it stands still.
+    async def open(self, url: str, *, timeout: float = 60.0) -> None:
+        """Show a page in the browser, in place of the one that was shown so before, and wait until it is drawn.
 
         Args:
             url: ``https:``, ``http:``, ``file:`` (in the sandbox), ``data:`` or ``about:``.
-            timeout: Seconds that the browser may take to show a window.
-
-        Returns:
-            The browser's window.
+            timeout: Seconds that the page, and before it the browser, may take.
         """
         if urlsplit(url).scheme not in ("https", "http", "file", "data", "about"):
             raise SandboxError(f"{url[:200]!r} is no address to open; write it in full, as https://example.com")
-        header, _ = await self._ask("open", timeout + ASK_SECONDS, url=url, seconds=timeout)
-        await self.settle(quiet=0.3)
-        return next((each for each in await self.windows() if each.id == header.get("window")), None)
+        await self._ask("open", timeout + ASK_SECONDS, url=url, seconds=timeout)
+        await self.settle(quiet=0.1)
 
     async def move(self, x: int, y: int) -> None:
         """Move the pointer."""
@@ -346,6 +342,8 @@ class Desktop:
         header = _json(head) if end and not result.truncated and result.exit_code == 0 else None
         if header is None:
             raise self._nonsense(result)
+        if header.get("ended") is True:
+            raise await self._ended()
         if "error" in header:
             raise SandboxError(f"the desktop of sandbox {self.sandbox.id}: {str(header['error'])[:1000]}")
         return header, body

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,8 +88,32 @@ BUTTONS = {"left": 1, "middle": 2, "right": 3, "back": 8, "forward": 9}
 UP, DOWN, LEFT, RIGHT = 4, 5, 6, 7
 
 
+MANAGER = """<openbox_config xmlns="http://openbox.org/3.4/rc">
+<focus><focusNew>yes</focusNew><followMouse>yes</followMouse><underMouse>yes</underMouse>
+<raiseOnFocus>yes</raiseOnFocus></focus>
+<placement><policy>Smart</policy><center>yes</center></placement>
+<theme><name>Clearlooks</name><titleLayout>NLMC</titleLayout></theme>
+<desktops><number>1</number></desktops>
+<keyboard></keyboard>
+<mouse>
+<context name="Titlebar"><mousebind button="Left" action="Drag"><action name="Move"/></mousebind>
+<mousebind button="Left" action="DoubleClick"><action name="ToggleMaximize"/></mousebind></context>
+<context name="Close"><mousebind button="Left" action="Click"><action name="Close"/></mousebind></context>
+<context name="Maximize"><mousebind button="Left" action="Click"><action name="ToggleMaximize"/></mousebind></context>
+</mouse>
+</openbox_config>
+"""
+"""No keys and no buttons for itself: to have them, a window manager stands between the pointer and every program, and
+while it is busy with something else (a changed layout, say) clicks get lost. The window under the pointer is in front.
+"""
+
+
 class Refused(Exception):
     """What was asked cannot be done; the message says why."""
+
+
+class Ended(Refused):
+    """Nothing can be done any more."""
 
 
 # --- what runs ------------------------------------------------------------------------------------------------------
@@ -134,7 +159,64 @@ class Server:
 
     def check(self) -> None:
         if self.process.poll() is not None:
-            raise Refused(f"the X server has ended ({status_of(self.process.returncode)}): {self.last_words()}")
+            raise Ended(f"the X server has ended ({status_of(self.process.returncode)})")
+
+
+class Wire:
+    """Chromium's own protocol, over two pipes: the one way to know that a page is there. No port is opened for it."""
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self.reader, self.writer = reader, writer
+        self.news = threading.Condition()
+        self.count = 0
+        self.answers: dict[int, dict[str, Any]] = {}
+        self.loaded: deque[tuple[str, str]] = deque(maxlen=1000)
+        """Pages that have been loaded: the tab's session, the load."""
+        self.ended = False
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def read(self) -> None:
+        with open(self.reader, "rb") as stream:
+            rest = b""
+            while chunk := os.read(stream.fileno(), 65536):
+                *whole, rest = (rest + chunk).split(b"\0")
+                for each in whole:
+                    self.take(json.loads(each))
+        with self.news:
+            self.ended = True
+            self.news.notify_all()
+
+    def take(self, message: dict[str, Any]) -> None:
+        with self.news:
+            about = message.get("params") or {}
+            if "id" in message:
+                self.answers[message["id"]] = message
+            elif message.get("method") == "Page.lifecycleEvent" and about["name"] == "load":
+                self.loaded.append((message["sessionId"], about["loaderId"]))
+            self.news.notify_all()
+
+    def ask(self, method: str, limit: float, session: str = "", **params: Any) -> dict[str, Any]:
+        with self.news:
+            self.count = number = self.count + 1
+        asked = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        with contextlib.suppress(OSError):
+            os.write(self.writer, json.dumps(asked).encode() + b"\0")
+        self.wait(lambda: number in self.answers, limit, method)
+        answer = self.answers.pop(number)
+        if "error" in answer:
+            raise Refused(f"the browser refuses {method}: {answer['error'].get('message')}")
+        found: dict[str, Any] = answer["result"]
+        return found
+
+    def wait(self, done: Callable[[], bool], limit: float, what: str) -> None:
+        with self.news:
+            if not self.news.wait_for(lambda: done() or self.ended, max(0.0, limit - time.monotonic())):
+                raise Refused(f"the browser did not answer in time: {what}")
+            if not done():
+                raise Refused("the browser has ended; opening a page starts another")
+
+    def close(self) -> None:
+        os.close(self.writer)
 
 
 class Browser:
@@ -156,22 +238,66 @@ class Browser:
         "--disable-crash-reporter",
         "--password-store=basic",
         "--start-maximized",
+        "--remote-debugging-pipe",
+        "about:blank",
     )
+    PIPES = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
+    """It wants its pipes at these two places."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.log = open(FOLDER + "/browser.log", "w+")  # noqa: SIM115
+        self.lock = threading.Lock()
+        self.tab = ""
 
-    def open(self, url: str) -> None:
-        """Show a page: in a new tab where it runs already."""
-        words = [*self.WORDS, "--", url]
-        if self.process is not None and self.process.poll() is None:
-            subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            return
+    def start(self) -> None:
         self.forget_lock()
-        self.log.seek(0)
-        self.log.truncate()
-        self.process = subprocess.Popen(words, stdout=self.log, stderr=self.log)
+        theirs, writer = os.pipe()
+        reader, answers = os.pipe()
+        words = ["bash", "-c", self.PIPES, "bash", str(theirs), str(answers), *self.WORDS]
+        with open(FOLDER + "/browser.log", "w") as log:
+            self.process = subprocess.Popen(words, pass_fds=[theirs, answers], stdout=log, stderr=log)
+        os.close(theirs)
+        os.close(answers)
+        self.wire, self.tab = Wire(reader, writer), ""
+
+    def open(self, url: str, seconds: float) -> None:
+        """Show a page, in the tab of the last one if it is still there, and wait until it has been drawn."""
+        limit = time.monotonic() + seconds
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            session = self.session(limit)
+            answer = self.wire.ask("Page.navigate", limit, session, url=url)
+            failed = answer.get("errorText", "")
+            if failed and failed != "net::ERR_ABORTED":  # that is a download
+                raise Refused(f"the page cannot be shown: {failed}")
+            loader = answer.get("loaderId")
+            if loader and not failed:
+                self.wire.wait(lambda: (session, loader) in self.wire.loaded, limit, "the page has not been loaded")
+                self.drawn(session, limit)
+
+    def session(self, limit: float) -> str:
+        """Be attached to the tab that pages are shown in."""
+        pages = [each for each in self.wire.ask("Target.getTargets", limit)["targetInfos"] if each["type"] == "page"]
+        known = [each["targetId"] for each in pages]
+        if self.tab not in known:
+            if not known:
+                known = [self.wire.ask("Target.createTarget", limit, url="about:blank")["targetId"]]
+            self.tab = known[0]
+            self.attached: str = self.wire.ask("Target.attachToTarget", limit, targetId=self.tab, flatten=True)[
+                "sessionId"
+            ]
+            self.wire.ask("Page.enable", limit, self.attached)
+            self.wire.ask("Page.setLifecycleEventsEnabled", limit, self.attached, enabled=True)
+        self.wire.ask("Target.activateTarget", limit, targetId=self.tab)
+        return self.attached
+
+    def drawn(self, session: str, limit: float) -> None:
+        """Wait for two frames: until the first one a page takes no clicks. One that is kept busy is not waited for."""
+        frames = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        soon = min(limit, time.monotonic() + 3)
+        with contextlib.suppress(Refused):
+            self.wire.ask("Runtime.evaluate", soon, session, expression=frames, awaitPromise=True)
 
     def forget_lock(self) -> None:
         """A browser that was killed leaves its lock; the next one would wait for nobody."""
@@ -183,6 +309,7 @@ class Browser:
         """Tell, once, of a browser that has died; one that was closed has done as it was told."""
         if self.process is not None and self.process.poll() is not None:
             status, self.process = self.process.returncode, None
+            self.wire.close()
             if status != 0:
                 raise Refused(f"the browser has ended ({status_of(status)}); opening a page starts another")
 
@@ -235,15 +362,15 @@ class Keyboard:
 
     def __init__(self, dpy: Any) -> None:
         self.dpy = dpy
-        low, high = dpy.display.info.min_keycode, dpy.display.info.max_keycode
-        rows = dpy.get_keyboard_mapping(low, high - low + 1)
-        self.spare = [low + place for place, row in enumerate(rows) if not any(row)]
+        self.low, high = dpy.display.info.min_keycode, dpy.display.info.max_keycode
+        self.rows = [list(row) for row in dpy.get_keyboard_mapping(self.low, high - self.low + 1)]
+        self.spare = [self.low + place for place, row in enumerate(self.rows) if not any(row)]
         self.lent: dict[int, int] = {}
         self.known: dict[int, tuple[int, bool]] = {}
-        for place, row in enumerate(rows):
+        for place, row in enumerate(self.rows):
             for column, sym in enumerate(row[:2]):
                 if sym:
-                    self.known.setdefault(sym, (low + place, column == 1))
+                    self.known.setdefault(sym, (self.low + place, column == 1))
 
     def sym(self, name: str) -> int:
         """A key's number by its name, or by the letter on it."""
@@ -283,7 +410,9 @@ class Keyboard:
             self.spare.append(code)
             self.lent = {old: key for old, key in self.lent.items() if key != code}
             self.lent[sym] = code
-            self.dpy.change_keyboard_mapping(code, [(sym, sym)])
+            self.rows[code - self.low] = [sym, sym, *[0] * (len(self.rows[0]) - 2)]
+        # All in one: every program on the display reads the layout anew at each change.
+        self.dpy.change_keyboard_mapping(self.low, self.rows)
         self.dpy.sync()
         time.sleep(RELOAD)
 
@@ -361,7 +490,10 @@ class Screen:
 
     def manage(self) -> None:
         """Start the window manager, and wait until it is there."""
-        self.manager = subprocess.Popen(["openbox"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(FOLDER + "/openbox.xml", "w") as file:
+            file.write(MANAGER)
+        words = ["openbox", "--config-file", FOLDER + "/openbox.xml"]
+        self.manager = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not self.property(self.root, "_NET_SUPPORTING_WM_CHECK"):
             self.server.check()
             if self.manager.poll() is not None:
@@ -459,7 +591,7 @@ class Screen:
         if self.helper("vnc") is None:
             if os.path.exists(VNC):
                 os.unlink(VNC)
-            words = ["x11vnc", "-display", self.server.name, "-unixsock", VNC, "-rfbport", "0", "-no6", "-noipv6"]
+            words = ["x11vnc", "-display", self.server.name, "-unixsock", VNC, "-rfbport", "0", "-rfbportv6", "0"]
             words += ["-viewonly", "-shared", "-forever", "-nopw", "-quiet", "-noxdamage", "-nobell", "-nosel"]
             self.assist("vnc", words)
         self.until("vnc", lambda: self.answers(VNC), 15.0)
@@ -531,9 +663,11 @@ class Requests:
             done = getattr(self, "do_" + str(asked.pop("do")))(**asked)
             return {"ok": True, **(done if isinstance(done, dict) else {})}, done if isinstance(done, bytes) else b""
         except Refused as refused:
-            return {"error": str(refused)}, b""
-        except (error.XError, error.ConnectionClosedError, OSError) as failed:
-            return {"error": f"the display failed: {failed or type(failed).__name__}"}, b""
+            return {"error": str(refused), "ended": isinstance(refused, Ended)}, b""
+        except error.ConnectionClosedError:
+            return {"error": "the X server has ended", "ended": True}, b""
+        except (error.XError, OSError) as failed:
+            return {"error": f"the display failed: {failed}"}, b""
 
     def do_size(self) -> dict[str, Any]:
         return {"width": self.screen.picture.width, "height": self.screen.picture.height}
@@ -589,19 +723,8 @@ class Requests:
         with self.screen.lock:
             self.screen.activate(id)
 
-    def do_open(self, url: str, seconds: float) -> dict[str, Any]:
-        """Show a page, and wait until the browser has a window."""
-        with self.screen.lock:
-            self.screen.browser.open(url)
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit:
-            self.screen.browser.check()
-            with self.screen.lock:
-                found = [each for each in self.screen.windows() if "chromium" in each["program"].lower()]
-            if found:
-                return {"window": found[0]["id"]}
-            time.sleep(POLL)
-        raise Refused(f"the browser has shown no window within {seconds:g} s")
+    def do_open(self, url: str, seconds: float) -> None:
+        self.screen.browser.open(url, seconds)
 
     def do_vnc(self) -> dict[str, Any]:
         with self.screen.lock:
