@@ -156,9 +156,7 @@ class LocalHost(Host):
 
     async def attach(self, profile: SandboxProfile, id: str) -> AttachedSandbox:
         """As ``Host.attach``."""
-        local = await _in_thread(lambda: _read(self._folder(id)))
-        if local is None or not _is_alive(local):
-            raise SandboxGone(f"There is no local sandbox {id} any more: it was removed, or its timer has run out.")
+        local = await self._living(id)
         await _in_thread(lambda: _signal_all(local, signal.SIGCONT))
         return await self._attach(profile, local)
 
@@ -176,7 +174,8 @@ class LocalHost(Host):
 
     async def pause(self, id: str) -> None:
         """As ``Host.pause``."""
-        await self._signal(id, signal.SIGSTOP)
+        local = await self._living(id)
+        await _in_thread(lambda: _freeze(local))
 
     async def resume(self, id: str) -> None:
         """Let a sandbox go on.
@@ -184,7 +183,8 @@ class LocalHost(Host):
         Raises:
             SandboxGone: there is none of that id.
         """
-        await self._signal(id, signal.SIGCONT)
+        local = await self._living(id)
+        await _in_thread(lambda: _signal_all(local, signal.SIGCONT))
 
     async def found(self) -> Sequence[Found]:
         """As ``Host.found``."""
@@ -220,11 +220,11 @@ class LocalHost(Host):
         self._attached[local.id] = sandbox
         return sandbox
 
-    async def _signal(self, id: str, number: signal.Signals) -> None:
+    async def _living(self, id: str) -> Local:
         local = await _in_thread(lambda: _read(self._folder(id)))
         if local is None or not _is_alive(local):
-            raise SandboxGone(f"There is no local sandbox {id} any more.")
-        await _in_thread(lambda: _signal_all(local, number))
+            raise SandboxGone(f"There is no local sandbox {id} any more: it was removed, or its timer has run out.")
+        return local
 
     def _folder(self, id: str) -> Path:
         """Where a sandbox is: an id may be long, and have any characters."""
@@ -424,6 +424,18 @@ def _signal_all(local: Local, number: signal.Signals) -> None:
     for pid in _members(local):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
+
+
+def _freeze(local: Local) -> None:
+    """Stop all that runs: the signal takes a moment, in which something may be started."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while (members := [pid for pid in _members(local) if _stat_of(pid)[:1] not in (["T"], ["Z"], [])]) and (
+        time.monotonic() < deadline
+    ):
+        for pid in members:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.001)
 
 
 def _remove(folder: Path, local: Local | None) -> bool:

@@ -28,7 +28,7 @@ import pytest
 
 from ridethrough.runtime.errors import SandboxError, SandboxFileNotFound, SandboxGone, SandboxTimeout
 from ridethrough.sandboxes.profile import SandboxProfile
-from ridethrough.sandboxes.sandbox import Change, ExecResult, Host, Output, Sandbox, Snapshot
+from ridethrough.sandboxes.sandbox import Change, ExecResult, Host, Output, Process, Sandbox, Snapshot
 
 PATIENCE = 60.0
 """Seconds after which a test gives up; nothing takes a tenth of that."""
@@ -123,6 +123,14 @@ async def collect(items: AsyncIterator[Output | ExecResult]) -> tuple[dict[str, 
             else:
                 end = item
     return streams, end
+
+
+async def line_of(items: AsyncGenerator[Output]) -> bytes:
+    """The next line, in however many pieces it comes."""
+    line = b""
+    while not line.endswith(b"\n"):
+        line += (await anext(items)).data
+    return line
 
 
 def archive(*entries: tuple[str, Any]) -> Snapshot:
@@ -282,8 +290,7 @@ class Conformance:
         name = new_id()
         line = 'echo first; while [ ! -e "$0" ]; do sleep 0.01; done; echo second >&2; exit 5'
         async with closing(box.exec_stream(["sh", "-c", line, name], timeout=PATIENCE)) as items:
-            first = await anext(items)
-            assert first == Output("stdout", b"first\n", 0)
+            assert await anext(items) == Output("stdout", b"first\n", 0)
             await box.write(name, "")
             streams, end = await collect(items)
         assert streams["stderr"] == b"second\n"
@@ -336,7 +343,7 @@ class Conformance:
         )
         await process.write(b"one\n")
         async with closing(process.output()) as items:
-            assert (await anext(items)).data == b"got one\n"
+            assert await line_of(items) == b"got one\n"
         await process.write(b"two\n")
         await process.close_stdin()
         assert (await process.wait()).stdout == "got one\ngot two\n"
@@ -354,9 +361,9 @@ class Conformance:
         )
         process = await box.start(["python3", "-c", program], timeout=PATIENCE)
         async with closing(process.output()) as items:
-            assert (await anext(items)).data == b"ready\n"
+            assert await line_of(items) == b"ready\n"
             await process.signal(signal.SIGUSR1)
-            assert (await anext(items)).data == b"usr1\n"
+            assert await line_of(items) == b"usr1\n"
         await process.kill()
         assert await running(box, mark) == 0
         assert (await process.wait()).exit_code in (128 + signal.SIGTERM, 128 + signal.SIGKILL)
@@ -370,10 +377,18 @@ class Conformance:
         assert await running(box, mark) == 0
 
     async def test_a_process_in_the_background_outlives_its_starter(self, box: Sandbox) -> None:
+        started: list[Process] = []
+
+        async def start() -> None:
+            started.append(await box.start(["sh", "-c", "sleep 0.2; echo alive"], timeout=PATIENCE))
+            await anyio.sleep_forever()
+
         async with anyio.create_task_group() as group:
-            process = await box.start(["sh", "-c", "sleep 0.2; echo alive"], timeout=PATIENCE)
+            group.start_soon(start)
+            while not started:
+                await box.exec(["true"])
             group.cancel_scope.cancel()
-        assert (await process.wait()).stdout == "alive\n"
+        assert (await started[0].wait()).stdout == "alive\n"
 
     # --- call ids ---------------------------------------------------------------------------------------------------
 

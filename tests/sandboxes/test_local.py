@@ -18,6 +18,7 @@ from anyio.abc import ByteStream
 from tests.sandboxes.conformance import PATIENCE, Conformance, OpenHost, box, made, new_id, running, sh
 
 from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxUnavailable
+from ridethrough.sandboxes.attached import AttachedSandbox
 from ridethrough.sandboxes.local import LocalHost
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Host, Relay
@@ -157,9 +158,10 @@ async def test_a_supervisor_killed_from_inside_is_gone_and_leaves_nothing_after_
 @pytest.mark.anyio
 async def test_a_stuck_supervisor_costs_its_sandbox(host: LocalHost, profile: SandboxProfile) -> None:
     async with made(host, profile) as sandbox:
+        assert isinstance(sandbox, AttachedSandbox)
         await host.pause(sandbox.id)  # behind the sandbox's back: it looks like one that hangs
         with pytest.raises(SandboxGone, match="did not answer"):
-            await sandbox.channel.ask("ping", seconds=0.1)
+            await sandbox.ping(seconds=0.1)
         assert sandbox.id not in [each.id for each in await host.found()]
 
 
