@@ -22,6 +22,9 @@ LONGEST_NAME: Final = 64
 LONGEST_DESCRIPTION: Final = 8_000
 """Characters of a description that a model is shown: it is sent with every turn."""
 
+SHOWN: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
+"""Images that models take; of others they are told the size."""
+
 Perform = Callable[[dict[str, Any], ToolContext[Any] | None], Awaitable[Any]]
 """What does the work: the arguments, checked, and the context of the call, ``None`` outside of a run."""
 

@@ -22,13 +22,13 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import ToolAnnotations
 
 logging.disable(logging.CRITICAL)
-LOG = ""
+log = ""
 READS = ToolAnnotations(read_only_hint=True)
 server = MCPServer("harbour")
 
 
 def note(what: str) -> None:
-    with open(LOG, "a") as file:
+    with open(log, "a") as file:
         file.write(f"{what}\n")
 
 
@@ -91,9 +91,9 @@ def with_refusals(app: App) -> App:
     return answer
 
 
-def serve(port: int, log: str) -> None:
-    global LOG
-    LOG = log
+def serve(port: int, to: str) -> None:
+    global log
+    log = to
     sys.stdin.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     uvicorn.run(with_refusals(server.streamable_http_app()), host="127.0.0.1", port=port, log_level="critical")
@@ -104,7 +104,8 @@ started = []
 while line := sys.stdin.readline():
     pid = os.fork()
     if pid == 0:
-        serve(**json.loads(line))
+        asked = json.loads(line)
+        serve(asked["port"], asked["log"])
         os._exit(0)
     started.append(pid)
     print(pid, flush=True)

@@ -14,13 +14,14 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 MODE = sys.argv[1] if len(sys.argv) > 1 else "plain"
 LOG = sys.argv[2] if len(sys.argv) > 2 else os.devnull
 PAGE = 5
-TEXT = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
-NOTHING = {"type": "object", "properties": {}}
-tools = {
+TEXT: dict[str, Any] = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
+tools: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "echo": (TEXT, {"readOnlyHint": True}),
     "add": (
         {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
@@ -47,24 +48,24 @@ if MODE == "clash":
 lock = threading.Lock()
 
 
-def send(message):
+def send(message: dict[str, Any]) -> None:
     data = (json.dumps({"jsonrpc": "2.0", **message}) + "\n").encode()
     with lock:
         while data:
             data = data[os.write(1, data) :]
 
 
-def note(message):
+def note(message: dict[str, Any]) -> None:
     with open(LOG, "a") as file:
         file.write(json.dumps(message) + "\n")
 
 
-def initialize(params):
+def initialize(params: dict[str, Any]) -> dict[str, Any]:
     capabilities = {"tools": {"listChanged": True}}
     return {"protocolVersion": "2025-11-25", "capabilities": capabilities, "serverInfo": {"name": "t", "version": "1"}}
 
 
-def discover(params):
+def discover(params: dict[str, Any]) -> dict[str, Any]:
     return {
         "resultType": "complete",
         "supportedVersions": ["2026-07-28"],
@@ -74,7 +75,7 @@ def discover(params):
     }
 
 
-def list_tools(params):
+def list_tools(params: dict[str, Any]) -> dict[str, Any]:
     start = int(params.get("cursor", 0))
     names = list(tools)[start : start + PAGE]
     listed = [
@@ -88,11 +89,11 @@ def list_tools(params):
     return {"tools": listed, **more, **cache}
 
 
-def text(value):
+def text(value: str) -> dict[str, Any]:
     return {"content": [{"type": "text", "text": value}], **({"resultType": "complete"} if MODE == "modern" else {})}
 
 
-def call_tool(id, params):
+def call_tool(id: Any, params: dict[str, Any]) -> dict[str, Any] | None:
     name, arguments = params["name"], params.get("arguments") or {}
     if name == "echo":
         return text(arguments["text"])
@@ -111,7 +112,10 @@ def call_tool(id, params):
     if name == "picture":
         block = {"type": "image", "mimeType": "image/png", "data": "AAAA"}
         link = {"type": "resource_link", "name": "r", "uri": "file:///r.txt"}
-        return {**text("see"), "content": [{"type": "text", "text": "see"}, block, link]}
+        return {
+            **text("see"),
+            "content": [{"type": "text", "text": "see"}, block, {**block, "mimeType": "image/tiff"}, link],
+        }
     if name == "wrong_id":
         send({"id": 987654, "result": text("for somebody else")})
         return None
@@ -142,11 +146,12 @@ def call_tool(id, params):
     return text(f"{name} was called")
 
 
-subscription = []
+subscription: list[Any] = []
 
 
-def answer(message):
+def answer(message: dict[str, Any]) -> None:
     method, id = message["method"], message.get("id")
+    result: dict[str, Any] | None
     params = message.get("params") or {}
     if method == "initialize" and MODE != "modern":
         result = initialize(params)
@@ -168,7 +173,7 @@ def answer(message):
         send({"id": id, "result": result})
 
 
-def main():
+def main() -> None:
     note({"pid": os.getpid()})
     if MODE == "exit":
         print("cannot find the configuration", file=sys.stderr)

@@ -11,15 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import anyio
+import anyio.lowlevel
 import pytest
 from tests.agents.support import PATIENCE, Scripted, call, open_runtime
 
 from ridethrough import Agent, ConfigError, Tool, ToolFailed, ToolInterrupted
-from ridethrough.sandboxes.standalone import docker_sandbox, local_sandbox
+from ridethrough.sandboxes.standalone import local_sandbox
 from ridethrough.tools.mcp import McpServer
 from ridethrough.tools.schema import ArgumentsInvalid
 
@@ -135,7 +137,9 @@ async def test_outputs(log: Log, revision: str) -> None:
         tools = await tools_of(given)
         assert await tools["t_echo"](text="hi") == "hi"
         assert await tools["t_add"](a=1, b=2) == 'a sum\n{"sum": 3}'
-        assert await tools["t_picture"]() == "see\n[image image/png, 3 bytes, not shown]\n[resource r: file:///r.txt]"
+        told, image = cast(list[Any], await tools["t_picture"]())
+        assert told == "see\n[image image/tiff, 3 bytes, not shown]\n[resource r: file:///r.txt]"
+        assert (image.data, image.media_type) == (b"\0\0\0", "image/png")
         with pytest.raises(ToolFailed, match=r"^it went wrong$"):
             await tools["t_fail"]()
         with pytest.raises(ToolFailed, match="tools/call is not to be had"):
@@ -205,6 +209,22 @@ async def test_a_server_that_does_not_read_holds_nobody_up(log: Log, monkeypatch
                 await tools["t_echo"](text="x" * 1_000_000)
             assert scope.cancelled_caught
     assert not any(map(alive, log.pids))
+
+
+async def test_cancellations_at_any_moment_leave_nothing_behind(log: Log) -> None:
+    """A hundred calls that are given up after more and more turns of the loop; the connection stays in use."""
+    async with server(log) as given:
+        tools = await tools_of(given)
+        for turns in range(100):
+            async with anyio.create_task_group() as group:
+                group.start_soon(partial(tools["t_echo"], text="x"))
+                for _ in range(turns % 20):
+                    await anyio.lowlevel.checkpoint()
+                group.cancel_scope.cancel()
+        connection = await given._owner().connection()  # pyright: ignore[reportPrivateUsage]
+        assert not connection.busy
+        assert await tools["t_echo"](text="at the end") == "at the end"
+    assert len(log.pids) == 1
 
 
 # --- servers that die -----------------------------------------------------------------------------------------------
@@ -499,14 +519,15 @@ async def test_a_server_in_a_local_sandbox(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_server_in_a_container(anyio_backend: str) -> None:
-    async with docker_sandbox("python") as sandbox:
-        await sandbox.write("server.py", SERVER.read_bytes())
-        async with McpServer.stdio("t", ["python3", "server.py", "modern", "log"], sandbox=sandbox) as given:
-            tools = await tools_of(given)
-            assert await tools["t_echo"](text="inside") == "inside"
-            with pytest.raises(ToolInterrupted, match="status 3"):
-                await tools["t_die"]()
-            assert await tools["t_echo"](text="again") == "again"
+    command = ["python3", "-c", SERVER.read_text(), "modern"]
+    async with McpServer.stdio("t", command, env={"PLAIN": "x"}, sandbox="python") as given:
+        tools = await tools_of(given)
+        found = json.loads(str(await tools["t_environment"]()))
+        assert found["PLAIN"] == "x"
+        assert "VIRTUAL_ENV" not in found
+        with pytest.raises(ToolInterrupted, match="status 3"):
+            await tools["t_die"]()
+        assert await tools["t_echo"](text="again") == "again"
 
 
 # --- streamable HTTP ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ridethrough import Agent, ConfigError, Tool, ToolFailed, ToolInterrupted, w
 from ridethrough.tools.openapi import openapi_tools
 from ridethrough.tools.openapi.document import Document
 from ridethrough.tools.openapi.sending import MAX_ANSWER
+from ridethrough.tools.output import Image
 from ridethrough.tools.schema import ArgumentsInvalid
 
 pytestmark = pytest.mark.anyio
@@ -69,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, "text/plain; charset=latin-1", "grün".encode("latin-1"))
         elif path == "/picture":
             self._send(200, "image/png", b"\x89PNG")
+        elif path == "/film":
+            self._send(200, "video/mp4", b"film")
         elif path == "/huge":
             self._send(200, "text/plain", b"x" * (MAX_ANSWER + 1))
         elif path == "/packed":
@@ -327,11 +330,12 @@ async def test_a_workflow_calls_one_too(service: Service, tmp_path: Path) -> Non
     [
         ("/empty", "HTTP 204, without a body"),
         ("/text", "grün"),
-        ("/picture", "[image/png, 4 bytes, not shown]"),
+        ("/picture", Image(data=b"\x89PNG", media_type="image/png")),
+        ("/film", "[video/mp4, 4 bytes, not shown]"),
         ("/broken", "{not json"),
     ],
 )
-async def test_answers(service: Service, path: str, found: str) -> None:
+async def test_answers(service: Service, path: str, found: Any) -> None:
     assert await one(get(path), service)() == found
 
 

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -233,7 +234,7 @@ def _spawn(run: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
 
         trio.lowlevel.spawn_system_task(run, name=name)
         return
-    task = loop.create_task(run(), name=name)
+    task = loop.create_task(run(), name=name, context=Context())  # it outlives the run that asked first
     _RUNNING.add(task)
     task.add_done_callback(_RUNNING.discard)
 

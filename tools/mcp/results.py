@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from typing import TYPE_CHECKING, Any
 
 from ridethrough.runtime.errors import ToolFailed
+from ridethrough.tools.foreign import SHOWN
+from ridethrough.tools.output import Image
 
 if TYPE_CHECKING:
     from mcp_types import CallToolResult, ContentBlock
 
 
 def output_of(tool: str, result: CallToolResult) -> Any:
-    """The output for the model: text, or the structured value where no text says the same.
+    """The output for the model: text, or the structured value where no text says the same; images beside it.
 
     Raises:
         ToolFailed: the tool says that it failed, with its text.
@@ -21,10 +24,13 @@ def output_of(tool: str, result: CallToolResult) -> Any:
     text = "\n".join(parts)
     if result.is_error:
         raise ToolFailed(text or f"{tool} failed, and the server does not say why")
+    images = [image for block in result.content if (image := _image_of(block))]
     value = result.structured_content
-    if value is None or _says(text, value):
-        return text
-    return f"{text}\n{json.dumps(value, ensure_ascii=False)}" if text else value
+    if value is not None and not _says(text, value):
+        if not text and not images:
+            return value
+        text = f"{text}\n{json.dumps(value, ensure_ascii=False)}".strip()
+    return [*([text] if text else []), *images] if images else text
 
 
 def _says(text: str, value: Any) -> bool:
@@ -38,7 +44,19 @@ def _says(text: str, value: Any) -> bool:
     return found == value or (isinstance(value, dict) and list(value.values()) == [found])
 
 
+def _image_of(block: ContentBlock) -> Image | None:
+    """An image that a model can be shown."""
+    if block.type != "image" or block.mime_type not in SHOWN:
+        return None
+    try:
+        return Image(data=b64decode(block.data, validate=True), media_type=block.mime_type)
+    except ValueError:  # no base64, or too large
+        return None
+
+
 def _text_of(block: ContentBlock) -> str:
+    if _image_of(block):
+        return ""
     match block.type:
         case "text":
             return block.text

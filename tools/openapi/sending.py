@@ -16,9 +16,11 @@ from ridethrough.runtime.errors import Error, ToolFailed, ToolInterrupted
 from ridethrough.runtime.router.address import joined, parsed, proxy_for
 from ridethrough.runtime.router.redaction import redact
 from ridethrough.tools.context import ToolContext
+from ridethrough.tools.foreign import SHOWN
 from ridethrough.tools.headers import resolved_headers, resolved_text, secrets_of
 from ridethrough.tools.openapi.operation import EFFECTS, Operation, Request
 from ridethrough.tools.openapi.wording import encoded
+from ridethrough.tools.output import LARGEST_IMAGE, Image
 from ridethrough.tools.tool import Effect
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ class Sending:
             return _json(body)
         if kind.startswith("text/") or kind in ("application/xml", "application/javascript", ""):
             return body.decode(response.charset_encoding or "utf-8", "replace")
+        if kind in SHOWN and len(body) <= LARGEST_IMAGE:
+            return Image(data=body, media_type=kind)
         return f"[{kind}, {len(body)} bytes, not shown]"
 
 
