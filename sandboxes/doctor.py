@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import anyio
+from anyio.abc import ByteStream
 
 from ridethrough.runtime.config import Config
-from ridethrough.runtime.errors import ConfigError, SandboxError
+from ridethrough.runtime.errors import ConfigError, SandboxError, SandboxUnavailable
 from ridethrough.sandboxes.engine import Engine, Image
 from ridethrough.sandboxes.images import RECIPE_LABEL, RECIPES, recipe_digest
 from ridethrough.sandboxes.probe import Proof, prove, runtime_for
@@ -55,11 +56,11 @@ def _local(profile: SandboxProfile) -> Check:
 async def _network(profile: SandboxProfile, base: Path | None) -> Check:
     """Start the proxy as it will be started: its list, its secrets and its program."""
     from ridethrough.sandboxes.egress.policy import Policy
-    from ridethrough.sandboxes.egress.squid import Options, Programs, running
+    from ridethrough.sandboxes.egress.squid import Options, running
 
     what = f"sandbox {profile.name}: network"
     try:
-        async with running(Policy.of(profile, base), Options(Programs.find())):
+        async with running(Policy.of(profile, base), Options()):
             return what, "ok", f"the proxy starts; it lets {len(profile.network)} names through", ""
     except (ConfigError, SandboxError) as error:
         return what, "wrong", error.message, ""
@@ -154,7 +155,7 @@ def _space(folder: str) -> Iterator[Check]:
 async def _profiles(engine: Engine, profiles: Iterable[SandboxProfile]) -> AsyncIterator[Check]:
     from ridethrough.sandboxes.docker import DockerHost
 
-    async with DockerHost.open() as host:
+    async with DockerHost.open(relay_for=lambda profile, id: _nowhere) as host:
         for profile in profiles:
             image = await _image(engine, profile)
             yield image
@@ -162,12 +163,17 @@ async def _profiles(engine: Engine, profiles: Iterable[SandboxProfile]) -> Async
                 yield await _proof(engine, host, profile)
 
 
+async def _nowhere(stream: ByteStream) -> None:
+    """The way out of a sandbox that is only proved: none."""
+    await stream.aclose()
+
+
 async def _image(engine: Engine, profile: SandboxProfile) -> Check:
     what = f"sandbox {profile.name}: image"
     try:
         return image_check(what, profile.image, await engine.image(profile.image))
-    except SandboxError as error:
-        return what, "wrong", error.message, _make(profile.image) or f"docker pull {profile.image}"
+    except SandboxUnavailable:
+        return what, "wrong", f"{profile.image} is not there", _make(profile.image) or f"docker pull {profile.image}"
 
 
 def image_check(what: str, name: str, image: Image) -> Check:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from ridethrough.sandboxes.sandbox import Found
+from ridethrough.sandboxes.standalone import OWNER_LABEL
 
 RUN_LABEL: Final = "ridethrough.run"
 STORE_LABEL: Final = "ridethrough.store"
@@ -134,25 +136,38 @@ def _stranger(found: Found, store_id: str, now: float) -> Lodger:
         key="",
         runtime=found.runtime,
         created_at=found.created_at,
-        owner=_owner(label, store_id),
+        owner=_owner(found, store_id),
         claim=claim,
         why=why,
     )
 
 
-def _owner(label: str | None, store_id: str) -> str:
+def _owner(found: Found, store_id: str) -> str:
+    label, program = found.labels.get(STORE_LABEL), found.labels.get(OWNER_LABEL, "")
     if label is None:
-        return "standalone"
+        return f"process {program.partition('@')[0]}" if program else "standalone"
     return "-" if label == store_id else f"database {label}"
 
 
 def _stranger_claim(found: Found, label: str | None, store_id: str, now: float) -> tuple[Claim, str]:
-    if label == store_id:
+    if label is not None and label == store_id:
         return "ownerless", "it is not on record"
     if found.state == "exited":
         return "ownerless", "it is not running any more"
     if found.state == "created" and now - found.created_at > STARTING_SECONDS:
         return "ownerless", "it was never started"
-    if label is None:
-        return "foreign", "a program's own; it ends with it"
-    return "foreign", "another database has it on record"
+    if label is not None:
+        return "foreign", "another database has it on record"
+    if found.state == "paused" and _has_ended(found.labels.get(OWNER_LABEL, "")):
+        return "ownerless", "its program has ended, and a frozen one does not end by itself"
+    return "foreign", "a program's own; it ends with it"
+
+
+def _has_ended(program: str) -> bool:
+    """Whether a process of this machine, ``PID@BOOT``, is gone for certain."""
+    pid, _, boot = program.partition("@")
+    try:
+        here = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return False
+    return boot == here and pid.isdigit() and not Path("/proc", pid).exists()
