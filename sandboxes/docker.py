@@ -145,13 +145,11 @@ class DockerHost(Host):
             stream.end_mark = BRIDGE_END
             return await self._started(order, manner, stream)
         except BaseException as error:
-            if stream is not None:
-                await anyio.aclose_forcefully(stream)
             if isinstance(error, SandboxError) and "already in use" in error.message:
                 raise SandboxError(
                     f"there is a sandbox {order.id} already: attach to it, or take another id"
                 ) from error
-            await self._clean_up(name)
+            await self._clean_up(name, stream)
             if isinstance(error, SandboxError) and not isinstance(error, SandboxUnavailable | _NoPython):
                 raise SandboxUnavailable(f"no sandbox of profile {order.profile.name}: {error.message}") from error
             raise
@@ -178,6 +176,7 @@ class DockerHost(Host):
                 group.cancel_scope.cancel()
         if failure is None and sandbox is not None:
             return sandbox
+        await anyio.lowlevel.checkpoint()  # a caller who is cancelled is told so, not that it failed
         raise self._why_not(order, manner, stream, failure)
 
     async def _greeted(self, order: _Order, manner: Manner, stream: EngineStream) -> Sandbox:
@@ -243,9 +242,11 @@ class DockerHost(Host):
             proof=order.proof,
         )
 
-    async def _clean_up(self, name: str) -> None:
+    async def _clean_up(self, name: str, stream: EngineStream | None = None) -> None:
         """Remove what was made, or half made, whoever is cancelled."""
         with anyio.move_on_after(REMOVE_SECONDS, shield=True):
+            if stream is not None:
+                await anyio.aclose_forcefully(stream)
             try:
                 await self.engine.remove(name)
             except SandboxError:

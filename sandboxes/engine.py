@@ -37,7 +37,7 @@ CALL_SECONDS: Final = 60.0
 """After that a call has failed. Twenty starts at once on a small machine take several seconds each."""
 
 REMOVE_ATTEMPTS: Final = 5
-ENDING_LOOKS: Final = 10
+ENDING_LOOKS: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class Engine:
     api: str = "auto"
     id: str = ""
     runtimes: frozenset[str] = frozenset()
+    _closed: bool = False
     _idle: list[APIClient] = field(default_factory=list["APIClient"], repr=False)
     _making: dict[str, _Making] = field(default_factory=dict[str, "_Making"], repr=False)
     """Containers whose creation is under way."""
@@ -124,8 +125,9 @@ class Engine:
             engine._close()
 
     def _close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        self._closed = True
+        while (client := self._kept()) is not None:
+            client.close()
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -148,6 +150,7 @@ class Engine:
 
         client = None
         try:
+            self.address.knock()
             client = self._client()
             value = function(client)
         except APIError as error:  # an answer, if not the wanted one: the connection is still good
@@ -163,14 +166,20 @@ class Engine:
     def _client(self) -> APIClient:
         from docker import APIClient
 
+        kept = self._kept()
+        return kept or APIClient(str(self.address), version=self.api, timeout=math.ceil(CALL_SECONDS))
+
+    def _kept(self) -> APIClient | None:
         try:
             return self._idle.pop()
         except IndexError:
-            return APIClient(str(self.address), version=self.api, timeout=math.ceil(CALL_SECONDS))
+            return None
 
     def _give_back(self, client: APIClient | None) -> None:
         if client is not None:
             self._idle.append(client)
+            if self._closed:  # its caller did not wait for it
+                self._close()
 
     # --- the life of containers -------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class Address:
 
     def __str__(self) -> str:
         return f"unix://{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
+
+    def knock(self) -> None:
+        """See whether anybody listens at a socket, in a worker thread: docker-py leaves it open when nobody does.
+
+        Raises:
+            OSError: nobody does.
+        """
+        if self.path:
+            with socket.socket(socket.AF_UNIX) as door:
+                door.settimeout(ANSWER_SECONDS)
+                door.connect(self.path)
 
     async def connect(self) -> ByteStream:
         """A connection to the engine.

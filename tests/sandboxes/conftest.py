@@ -15,11 +15,14 @@ import pytest
 
 from ridethrough.sandboxes.docker import DockerHost
 
+pytest.register_assert_rewrite("tests.sandboxes.conformance")
+
 SESSION = {"ridethrough.test": secrets.token_hex(6)}
 """On every container that these tests make, so that they look after their own and nobody else's."""
 
 BUSYBOX = "ridethrough-test/busybox"
 IMAGE = "ridethrough/python:latest"
+FOLDERS = ("bin", "etc", "dev", "proc", "sys", "tmp", "run", "workspace")
 
 
 class _Docker:
@@ -101,14 +104,16 @@ def _imported(client: Any, tag: str, files: dict[str, bytes], links: dict[str, s
     """An image of a few files, made without a registry; one that is there already is taken."""
     name = f"{BUSYBOX}:{tag}"
     if not client.images(name):
-        client.import_image_from_data(_tar(files, links or {}), repository=BUSYBOX, tag=tag, changes=["ENV PATH=/bin"])
+        data = tarred(files, links, FOLDERS)
+        client.import_image_from_data(data, repository=BUSYBOX, tag=tag, changes=["ENV PATH=/bin"])
     return name
 
 
-def _tar(files: dict[str, bytes], links: dict[str, str]) -> bytes:
+def tarred(files: dict[str, bytes], links: dict[str, str] | None = None, folders: tuple[str, ...] = ()) -> bytes:
+    """An archive of programs, links and folders."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for folder in ("bin", "etc", "dev", "proc", "sys", "tmp", "run", "workspace"):
+        for folder in folders:
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(entry)
@@ -116,7 +121,7 @@ def _tar(files: dict[str, bytes], links: dict[str, str]) -> bytes:
             entry = tarfile.TarInfo(path)
             entry.size, entry.mode = len(data), 0o755
             tar.addfile(entry, io.BytesIO(data))
-        for path, target in links.items():
+        for path, target in (links or {}).items():
             entry = tarfile.TarInfo(path)
             entry.type, entry.linkname = tarfile.SYMTYPE, target
             tar.addfile(entry)

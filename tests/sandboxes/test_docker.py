@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager
+import os
+import random
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
-from tests.sandboxes.conformance import Conformance, OpenHost, box
-from tests.sandboxes.conftest import SESSION
+from anyio.abc import ByteStream
+from tests.sandboxes.conformance import PATIENCE, Conformance, OpenHost, box, new_id
+from tests.sandboxes.conftest import BUSYBOX, SESSION, left_behind, tarred
 
+from ridethrough.runtime.errors import ConfigError, SandboxError, SandboxGone, SandboxTimeout, SandboxUnavailable
+from ridethrough.sandboxes.container import container_name
 from ridethrough.sandboxes.docker import DockerHost
+from ridethrough.sandboxes.engine import THREADS
 from ridethrough.sandboxes.profile import SandboxProfile
-from ridethrough.sandboxes.sandbox import Host
+from ridethrough.sandboxes.sandbox import Host, Sandbox
+
+pytestmark = pytest.mark.anyio
 
 __all__ = ["box"]
 
@@ -43,3 +56,271 @@ def another_host() -> OpenHost:
 
 class TestDocker(Conformance):
     """The suite in containers."""
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+async def test_an_id_is_used_once(host: DockerHost, profile: SandboxProfile, box: Sandbox) -> None:
+    """The second one of that id is refused, and the first is unharmed."""
+    with pytest.raises(SandboxError, match="already"):
+        await host.create(profile, id=box.id)
+    assert (await box.exec(["true"])).exit_code == 0
+
+
+async def test_what_cannot_be_made_says_what_to_do(host: DockerHost, profile: SandboxProfile) -> None:
+    with pytest.raises(SandboxUnavailable, match="sandbox build"):
+        await host.create(replace(profile, image="ridethrough/none:1"), id=new_id())
+    with pytest.raises(SandboxUnavailable, match="relay_for"):
+        await host.create(replace(profile, network=("example.com",)), id=new_id())
+    with pytest.raises(SandboxUnavailable, match=r"make engine|DOCKER_HOST"):
+        async with DockerHost.open(url="unix:///nowhere/docker.sock"):
+            pass
+    with pytest.raises(ConfigError, match="ssh"):
+        async with DockerHost.open(url="ssh://elsewhere"):
+            pass
+
+
+async def test_another_user_has_no_more_rights(box: Sandbox) -> None:
+    result = await box.exec(["sh", "-c", "id -u; cat; echo $FROM_PROFILE >&2"], user="4321", stdin="in")
+    assert (result.stdout, result.stderr) == ("4321\nin", "yes\n")
+    for user in ("0", "root", "nobody"):
+        with pytest.raises(SandboxError, match=r"root|number"):
+            await box.exec(["id"], user=user)
+
+
+async def test_volumes_of_an_image_are_closed(engine: Any, host: DockerHost, busybox: str) -> None:
+    """They would be on the host's disk, and without a limit."""
+    name = f"{BUSYBOX}:volume"
+    if not engine.images(name):
+        made = engine.create_container(busybox, ["true"])["Id"]
+        engine.commit(made, repository=BUSYBOX, tag="volume", changes="VOLUME /data")
+        engine.remove_container(made)
+    sandbox = await host.create(SandboxProfile(image=name), id=new_id())
+    try:
+        result = await sandbox.exec(["sh", "-c", "echo x > /data/x"])
+        assert "Read-only" in result.stderr
+    finally:
+        await sandbox.aclose()
+
+
+# --- hostile --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def small(host: DockerHost, profile: SandboxProfile) -> AsyncGenerator[Sandbox]:
+    """A sandbox that may come to harm."""
+    narrow = replace(profile, memory=96 * 2**20, pids=48, disk=16 * 2**20, cpus=0.5)
+    sandbox = await host.create(narrow, id=new_id(), linger=5)
+    yield sandbox
+    with anyio.CancelScope(shield=True):
+        await sandbox.aclose()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("kill -9 $PPID; sleep 1000", "killed from inside"),
+        ("kill -9 -1; sleep 1000", "killed from inside"),
+    ],
+    ids=["supervisor", "everything"],
+)
+async def test_a_supervisor_that_is_killed_from_inside(
+    engine: Any, small: Sandbox, box: Sandbox, line: str, reason: str
+) -> None:
+    """The call is told; the container has removed itself; others go on."""
+    with anyio.fail_after(PATIENCE), pytest.raises(SandboxGone, match=reason):
+        await small.exec(["sh", "-c", line])
+    with pytest.raises(SandboxGone, match=reason):
+        await small.exec(["true"])
+    await gone(small.id)
+    assert (await box.exec(["true"])).exit_code == 0
+
+
+async def test_a_container_that_is_removed_in_the_middle_of_a_call(engine: Any, small: Sandbox) -> None:
+    """By somebody else, with the engine's own means."""
+    async with anyio.create_task_group() as group:
+
+        async def told() -> None:
+            with pytest.raises(SandboxGone, match="removed"):
+                await small.exec(["sleep", "1000"], call_id="long")
+
+        group.start_soon(told)
+        while (await small.exec(["pgrep", "-x", "sleep"])).exit_code != 0:
+            await anyio.lowlevel.checkpoint()
+        await anyio.to_thread.run_sync(lambda: engine.remove_container(container_name(small.id), force=True))
+
+
+@pytest.mark.parametrize(
+    ("code", "limits"),
+    [
+        ("import os\nwhile True: os.fork()", ("pids", None)),
+        ("x = [bytes(1000000) for _ in range(10**6)]", ("memory",)),
+        ("f = open('/workspace/f', 'wb')\nwhile True: f.write(bytes(1000000))", ("disk",)),
+        ("f = open('/tmp/f', 'wb')\nwhile True: f.write(bytes(1000000))", ("disk",)),
+        ("while True: pass", (None,)),
+    ],
+    ids=["fork bomb", "memory hog", "disk filler", "filler of /tmp", "spin"],
+)
+async def test_one_that_takes_all_it_can_get(small: Sandbox, box: Sandbox, code: str, limits: tuple[Any, ...]) -> None:
+    """Its limit is named, or its deadline ends it; neither its sandbox nor others are the worse for it."""
+    try:
+        result = await small.exec(["python3", "-c", code, "greedy"], timeout=2)
+        assert result.limit in limits
+        assert result.exit_code != 0
+    except SandboxTimeout:
+        assert None in limits
+    assert (await box.exec(["echo", "unharmed"])).stdout == "unharmed\n"
+    await small.remove("f") if "/workspace/f" in code else None
+    assert (await small.exec(["echo", "still here"], timeout=30)).stdout == "still here\n"
+    assert (await small.exec(["pgrep", "-fc", "greedy"])).stdout == "0\n"
+
+
+LIES = {
+    "noise": "cat /dev/urandom",
+    "a length without end": r"printf '\377\377\377\377\377\377\377\377'; cat",
+    "not JSON": r"printf '\0\0\0\4\0\0\0\0abcd'; cat",
+    "another protocol": r"""printf '\0\0\0\034\0\0\0\0{"hello": 1, "protocol": 99}'; cat""",
+    "a lie after the greeting": r"""printf '\0\0\0\033\0\0\0\0{"hello": 1, "protocol": 1}'; cat /dev/zero""",
+    "an end": "exit 0",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_an_image_whose_python_is_none(engine: Any, host: DockerHost, busybox: str, lie: str) -> None:
+    """What it says is believed as far as it is checked; nothing is left of the attempt."""
+    name = f"{BUSYBOX}:liar-{sorted(LIES).index(lie)}"
+    script = f"#!/bin/sh\n{LIES[lie]}\n"
+    made = engine.create_container(busybox, ["sh"])["Id"]
+    engine.put_archive(made, "/bin", tarred({"python3": script.encode()}))
+    engine.commit(made, repository=name.partition(":")[0], tag=name.partition(":")[2])
+    engine.remove_container(made)
+    try:
+        with anyio.fail_after(PATIENCE), pytest.raises(SandboxUnavailable):
+            await host.create(SandboxProfile(image=name), id=new_id())
+        assert not [each for each in await host.found() if "conf-" in each.id and each.profile == "liar"]
+    finally:
+        engine.remove_image(name, force=True)
+
+
+# --- an engine that goes away ---------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def cuttable(folder: Path) -> AsyncGenerator[tuple[str, Callable[[], Awaitable[None]]]]:
+    """The engine behind a socket that can be closed, with all its connections: as if the engine had died."""
+    path = folder / "engine.sock"
+    scope = anyio.CancelScope()
+
+    async def serve(client: ByteStream) -> None:
+        async with client, await anyio.connect_unix("/var/run/docker.sock") as server:
+            async with anyio.create_task_group() as both:
+                both.start_soon(pump, client, server)
+                await pump(server, client)
+                both.cancel_scope.cancel()
+
+    async def pump(source: ByteStream, sink: ByteStream) -> None:
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async for data in source:
+                await sink.send(data)
+            await sink.send_eof()
+
+    async def listen() -> None:
+        with scope:
+            async with await anyio.create_unix_listener(path) as listener:
+                await listener.serve(serve)
+
+    async def cut() -> None:
+        scope.cancel()
+        path.unlink(missing_ok=True)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(listen)
+        with anyio.fail_after(PATIENCE):
+            while not path.exists():
+                await anyio.lowlevel.checkpoint()
+        yield f"unix://{path}", cut
+        await cut()
+
+
+async def test_an_engine_that_dies_in_the_middle(engine: Any, profile: SandboxProfile, tmp_path: Path) -> None:
+    """Calls that wait are told, so are those after them, and a new sandbox; the container ends by itself."""
+    async with cuttable(tmp_path) as (url, cut), DockerHost.open(url=url, labels=SESSION) as host:
+        sandbox = await host.create(profile, id=new_id(), linger=1)
+        async with anyio.create_task_group() as group:
+
+            async def told() -> None:
+                with pytest.raises(SandboxGone, match="engine"):
+                    await sandbox.exec(["sleep", "1000"])
+
+            group.start_soon(told)
+            while (await sandbox.exec(["pgrep", "-x", "sleep"])).exit_code != 0:
+                await anyio.lowlevel.checkpoint()
+            with anyio.fail_after(PATIENCE):
+                await cut()
+        with pytest.raises(SandboxGone):
+            await sandbox.exec(["true"])
+        with pytest.raises(SandboxUnavailable):
+            await host.create(profile, id=new_id())
+        with pytest.raises(SandboxUnavailable):
+            await sandbox.aclose()
+    await gone(sandbox.id)
+
+
+async def gone(id: str) -> None:
+    """Wait until a container has removed itself."""
+    with anyio.fail_after(PATIENCE):
+        while container_name(id) in await anyio.to_thread.run_sync(left_behind):
+            await anyio.lowlevel.checkpoint()
+
+
+# --- many, and cancelled --------------------------------------------------------------------------------------------
+
+
+async def use(host: DockerHost, profile: SandboxProfile, seed: int) -> str:
+    """Make a sandbox, use it and remove it, and be cancelled anywhere in that; what became of it."""
+    chance = random.Random(seed)
+    with anyio.move_on_after(chance.choice([chance.uniform(0, 0.1), chance.uniform(0.1, 1.0), 60])) as scope:
+        sandbox = await host.create(profile, id=new_id(), linger=5)
+        try:
+            result = await sandbox.exec(["sh", "-c", "sleep 0.05; cat"], stdin="used")
+            assert result.stdout == "used"
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sandbox.aclose()
+    return "cancelled" if scope.cancelled_caught else "used"
+
+
+async def crowd(host: DockerHost, profile: SandboxProfile, *, tasks: int, each: int) -> list[str]:
+    fates: list[str] = []
+
+    async def work(number: int) -> None:
+        for round in range(each):
+            fates.append(await use(host, profile, number * 1000 + round))
+
+    async with anyio.create_task_group() as group:
+        for number in range(tasks):
+            group.start_soon(work, number)
+    return fates
+
+
+def resources() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "each"), [(6, 5), pytest.param(20, 10, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
+)
+async def test_sandboxes_of_tasks_that_are_cancelled_leave_nothing(
+    engine: Any, profile: SandboxProfile, tasks: int, each: int
+) -> None:
+    before = resources()
+    async with DockerHost.open(labels={**SESSION, "ridethrough.test.crowd": "1"}) as host:
+        fates = await crowd(host, replace(profile, memory=64 * 2**20), tasks=tasks, each=each)
+        assert "used" in fates
+        assert "cancelled" in fates
+        assert not [each for each in await host.found() if each.labels.get("ridethrough.test.crowd")]
+    after = resources()
+    assert after[0] <= before[0] + 2, f"descriptors: {before[0]}, then {after[0]}"
+    assert after[1] <= before[1] + THREADS, f"threads: {before[1]}, then {after[1]}"
