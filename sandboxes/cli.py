@@ -169,7 +169,7 @@ async def _lodgers(options: Options, host: DockerHost) -> list[Lodger]:
     """What the host has, beside what the database knows of it; without a database only the former."""
     import time
 
-    from ridethrough.sandboxes.ownership import lodgers
+    from ridethrough.sandboxes.ownership import lodgers, store_id
 
     found = await host.found()
     now = time.time()
@@ -177,8 +177,8 @@ async def _lodgers(options: Options, host: DockerHost) -> list[Lodger]:
         rows: Sequence[Any] = () if store is None else store.read_now(store.sandboxes)
         query = () if store is None else store.read_now(lambda at: store.ownerless_sandboxes(at, host.name, now))
         ended = [row.id for row in query if row.ended]
-        store_id = "" if store is None else _store_id(store)
-    seen = list(lodgers(found, rows, host=host.name, store_id=store_id, ended=ended, now=now))
+        mine = "" if store is None else store_id(store.database.path)
+    seen = list(lodgers(found, rows, host=host.name, store_id=mine, ended=ended, now=now))
     return sorted(seen, key=lambda lodger: lodger.created_at)
 
 
@@ -196,12 +196,6 @@ def _store(options: Options) -> Generator[Store | None]:
         yield store
     finally:
         store.close()
-
-
-def _store_id(store: Store) -> str:
-    from ridethrough.runtime.payload import content_hash
-
-    return content_hash(store.database.display.encode())[:16]
 
 
 def _on_docker(body: Callable[[DockerHost], Awaitable[T]]) -> T:

@@ -6,6 +6,8 @@ itself (``docker_sandbox``), which end by their own timers. Only the first can b
 
 from __future__ import annotations
 
+import hashlib
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,12 @@ class Lodger:
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+def store_id(database: Path) -> str:
+    """What ``STORE_LABEL`` says of a database: the same for every process of this machine that uses the file."""
+    where = f"{platform.node()}:{database.resolve()}"
+    return hashlib.blake2b(where.encode(), digest_size=8).hexdigest()
 
 
 def lodgers(

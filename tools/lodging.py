@@ -34,6 +34,7 @@ from ridethrough.runtime.errors import ConfigError, Error, SandboxError, Sandbox
 from ridethrough.runtime.store import StoredRow
 from ridethrough.runtime.tables import FINAL
 from ridethrough.runtime.testpoints import killpoint
+from ridethrough.sandboxes.ownership import STORE_LABEL, store_id
 from ridethrough.sandboxes.profile import SandboxProfile
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ridethrough")
 
 RUN_LABEL: Final = "ridethrough.run"
-STORE_LABEL: Final = "ridethrough.store"
 DESKTOP_MEMORY: Final = 2 * 2**30
 DESKTOP_PIDS: Final = 512
 
@@ -360,7 +360,7 @@ class Lodging(Companion):
         await self.worker.journal.do(lambda connection: store.insert_sandbox(connection, row))
 
     def _store_id(self) -> str:
-        return payload.content_hash(self.worker.store.database.display.encode())[:16]
+        return store_id(self.worker.store.database.path)
 
     # --- when a run leaves ------------------------------------------------------------------------------------------
 
