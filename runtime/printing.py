@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ridethrough.runtime.views import AttemptView, Blocker, RunView, StepView, WaitView
+from ridethrough.runtime.views import AttemptView, Blocker, EgressView, RunView, SandboxView, StepView, WaitView
 
 if TYPE_CHECKING:
     from ridethrough.runtime.options import Options
@@ -212,6 +212,12 @@ def run_page(run: RunView, options: Options, *, all_steps: bool) -> str:
         parts.append(_steps(run.steps, all_steps))
     if run.attempts:
         parts.append("attempts\n" + _attempts(run.attempts, all_steps))
+    if run.sandboxes:
+        parts.append(
+            "sandboxes\n" + table(("CREATED", "SANDBOX", "ID", "RUNTIME", "STATUS", ""), _sandboxes(run.sandboxes))
+        )
+    if run.egress:
+        parts.append("network\n" + _egress(run.egress, all_steps))
     if run.waits:
         parts.append("waits for\n" + "\n".join(f"  {line}" for line in dict.fromkeys(_wait_lines(run, options))))
     if run.result is not None:
@@ -286,6 +292,33 @@ def _attempts(attempts: Sequence[AttemptView], everything: bool) -> str:
     text = table(head, (_attempt_row(attempt) for attempt in shown))
     left = len(attempts) - len(shown)
     return f"… {left} earlier attempts (--steps shows all)\n{text}" if left else text
+
+
+def _sandboxes(sandboxes: Sequence[SandboxView]) -> Iterator[tuple[str, ...]]:
+    for each in sandboxes:
+        yield when(each.created_at), plain(each.key), each.id, each.runtime, each.status, shortened(each.detail, 80)
+
+
+def _egress(asked: Sequence[EgressView], everything: bool) -> str:
+    shown = asked if everything else asked[-TIMELINE:]
+    rows = (
+        (
+            when(each.at),
+            each.method,
+            plain(f"{each.host}:{each.port}"),
+            _verdict(each),
+            f"{each.bytes_in}",
+            each.sandbox_id,
+        )
+        for each in shown
+    )
+    text = table(("AT", "METHOD", "HOST", "VERDICT", "BYTES IN", "SANDBOX"), rows)
+    left = len(asked) - len(shown)
+    return f"… {left} earlier connections (--steps shows all)\n{text}" if left else text
+
+
+def _verdict(asked: EgressView) -> str:
+    return "allowed" if asked.allowed else shortened(f"refused: {asked.reason}", 80)
 
 
 def _attempt_row(attempt: AttemptView) -> tuple[str, ...]:

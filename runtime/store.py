@@ -670,10 +670,9 @@ class Store:
         return connection.execute(select(SANDBOXES).where(mine).order_by(SANDBOXES.c.created_at.desc())).first()
 
     def sandboxes_of(self, connection: Connection, run_id: str) -> Sequence[StoredRow]:
-        """The sandboxes of a run that a host may have."""
-        return connection.execute(
-            select(SANDBOXES).where(SANDBOXES.c.run_id == run_id, SANDBOXES.c.live.is_(True))
-        ).all()
+        """The sandboxes that a run has had, in order."""
+        query = select(SANDBOXES).where(SANDBOXES.c.run_id == run_id)
+        return connection.execute(query.order_by(SANDBOXES.c.created_at)).all()
 
     def renew_sandboxes(self, connection: Connection, ids: Sequence[str], worker_id: str, expires_at: float) -> None:
         """Say that a worker still has these."""

@@ -7,7 +7,8 @@ instead of killing it, which is how a test makes a worker outlive its lease. The
 and SIGSTOP cannot be caught.
 
 Points: ``journal.before_commit``, ``journal.after_commit``, ``step.before_call``, ``step.after_call``,
-``claim.before``, ``claim.after``, ``park.before``, ``park.after``, ``finish.before``, ``finish.after``.
+``claim.before``, ``claim.after``, ``park.before``, ``park.after``, ``finish.before``, ``finish.after``,
+``sandbox.before_bind``, ``sandbox.after_bind``, ``sandbox.archived``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ POINTS = (
     "finish.before",
     "finish.after",
 )
+
+SANDBOX_POINTS = ("sandbox.before_bind", "sandbox.after_bind", "sandbox.archived")
+"""Those that only a run with a sandbox reaches."""
 
 _left: dict[str, tuple[int, signal.Signals]] | None = None
 

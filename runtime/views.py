@@ -115,6 +115,39 @@ class AttemptView(BaseModel):
     detail: str
 
 
+class SandboxView(BaseModel):
+    """A sandbox of a run. ``key`` is its profile's name, for one of a single call with the call's id after it.
+
+    ``status`` is ``running``, ``paused``, ``archived`` or ``removed``, ``detail`` why it is. ``proof`` is what was
+    tried to see that ``runtime`` enforces the limits.
+    """
+
+    id: str
+    key: str
+    profile: str
+    host: str
+    runtime: str
+    status: str
+    detail: str
+    created_at: datetime
+    proof: Any = None
+
+
+class EgressView(BaseModel):
+    """A connection that a sandbox of a run asked its proxy for; sizes in bytes."""
+
+    sandbox_id: str
+    at: datetime
+    method: str
+    host: str
+    port: int
+    allowed: bool
+    reason: str
+    bytes_in: int
+    bytes_out: int
+    status: int | None
+
+
 class WaitView(BaseModel):
     """Something that a run is blocked on."""
 
@@ -158,10 +191,13 @@ class RunView(BaseModel):
     children: list[str] = []
     steps: list[StepView] | None = None
     attempts: list[AttemptView] | None = None
+    sandboxes: list[SandboxView] | None = None
+    egress: list[EgressView] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; ``steps`` and ``attempts`` are left out where they were not asked for."""
-        return self.model_dump(mode="json", exclude={"steps", "attempts"} if self.steps is None else set())
+        """Plain data; what stands beside the steps is left out with them, where they were not asked for."""
+        beside = {"steps", "attempts", "sandboxes", "egress"}
+        return self.model_dump(mode="json", exclude=beside if self.steps is None else set())
 
 
 def _time(seconds: float | None) -> datetime | None:
@@ -245,6 +281,8 @@ def show_run(store: Store, connection: Connection, run_id: str, *, steps: bool) 
     if steps:
         view.steps = _steps(store, connection, run_id)
         view.attempts = [_attempt_view(row) for row in store.attempts(connection, run_id)]
+        view.sandboxes = [_sandbox_view(row) for row in store.sandboxes_of(connection, run_id)]
+        view.egress = [_egress_view(row) for row in store.egress(connection, run_id)]
     return view
 
 
@@ -301,6 +339,17 @@ def _step_view(row: StoredRow) -> StepView:
 def _attempt_view(row: StoredRow) -> AttemptView:
     values = {name: getattr(row, name) for name in AttemptView.model_fields}
     return AttemptView.model_validate({**values, "started_at": _when(row.started_at)})
+
+
+def _sandbox_view(row: StoredRow) -> SandboxView:
+    values = {name: getattr(row, name) for name in SandboxView.model_fields}
+    proof = None if row.proof is None else json.loads(row.proof)
+    return SandboxView.model_validate({**values, "created_at": _when(row.created_at), "proof": proof})
+
+
+def _egress_view(row: StoredRow) -> EgressView:
+    values = {name: getattr(row, name) for name in EgressView.model_fields}
+    return EgressView.model_validate({**values, "at": _when(row.at)})
 
 
 def _intent_view(row: StoredRow) -> StepView:

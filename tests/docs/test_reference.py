@@ -21,7 +21,7 @@ from ridethrough.runtime.router.providers.dialects import DIALECTS
 from ridethrough.runtime.router.providers.simulated import MEASURES, Fault, ToolFault, shipped_scenarios
 from ridethrough.runtime.router.providers.simulated.faults import Kind
 from ridethrough.runtime.router.providers.simulated.scenario import Kill
-from ridethrough.runtime.testpoints import POINTS
+from ridethrough.runtime.testpoints import POINTS, SANDBOX_POINTS
 
 REFERENCE = ROOT / "docs" / "reference"
 COMMON = {"--config", "--db", "--json"}
@@ -156,6 +156,8 @@ def test_every_event_is_described_with_its_fields(kind: type[events.EventBase]) 
         views.RunView,
         views.StepView,
         views.AttemptView,
+        views.SandboxView,
+        views.EgressView,
         views.WaitView,
         views.Pause,
         views.ErrorView,
@@ -170,7 +172,7 @@ def test_every_field_of_a_run_is_described(view: type[BaseModel]) -> None:
 
 def test_every_kill_point_is_named() -> None:
     text = (ROOT / "docs/how-to/testing.md").read_text()
-    assert [point for point in POINTS if f"`{point}`" not in text] == []
+    assert [point for point in POINTS + SANDBOX_POINTS if f"`{point}`" not in text] == []
 
 
 def test_everything_of_a_scenario_is_described() -> None:

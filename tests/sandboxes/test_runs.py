@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 import pytest
+from sqlalchemy import Connection
 from tests.agents.support import PATIENCE, Scripted, call
 
 from ridethrough import Agent, ConfigError, Runtime, ToolContext, UsageError, tool, wait_for, workflow
@@ -351,10 +352,15 @@ async def test_a_sandbox_on_record_that_was_never_made_is_forgotten(tmp_path: Pa
 # --- crashes --------------------------------------------------------------------------------------------------------
 
 
-def begin_life(folder: Path, calls: int, seconds: float, kind: str) -> subprocess.Popen[str]:
+def begin_life(
+    folder: Path, calls: int, seconds: float, kind: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     more = ["--local"] if kind == "local" else []
     command = [sys.executable, str(PROGRAM), f"sqlite:///{folder / 'runs.db'}", "r1", str(calls), str(seconds), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+    inherited = {**os.environ, **(environment or {})}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=inherited
+    )
 
 
 async def started(folder: Path, calls: int) -> bool:
@@ -392,12 +398,38 @@ async def test_calls_go_on_while_their_worker_is_dead(tmp_path: Path, kind: str,
     assert nothing_left(tmp_path, kind)
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "point", ["sandbox.before_bind:1", "sandbox.after_bind:1", "finish.before:1", "finish.after:1"]
+)
+async def test_a_kill_where_a_sandbox_changes_hands_leaves_nothing(tmp_path: Path, kind: str, point: str) -> None:
+    first = begin_life(tmp_path, 2, 0.1, kind, {"RIDETHROUGH_KILL_AT": point})
+    out, _ = await anyio.to_thread.run_sync(lambda: first.communicate(timeout=60))
+    assert first.returncode == -signal.SIGKILL, out
+    second = begin_life(tmp_path, 2, 0.1, kind)
+    out, _ = await anyio.to_thread.run_sync(lambda: second.communicate(timeout=60))
+    assert second.returncode == 0, out
+    assert out.partition("result: ")[2].splitlines()[:2] == ["done 0", "done 1"]
+    async with open_runtime(tmp_path, kind) as runtime:  # what no run had yet is on a lease: let that pass
+        keeper = await lodging(runtime)
+        store = runtime.store
+        ids = [row.id for row in await store.read(store.sandboxes)]
+
+        def let_pass(connection: Connection) -> None:
+            for sandbox_id in ids:
+                store.update_sandbox(connection, sandbox_id, expires_at=0.0)
+
+        await runtime.worker.journal.do(let_pass)
+        await keeper.reap_once()
+        assert not await store.read(store.sandboxes)
+    assert nothing_left(tmp_path, kind)
+
+
 def nothing_left(folder: Path, kind: str) -> bool:
     """Whether the host has none of the sandboxes that are on record, those kept ready included."""
     store = Store(f"sqlite:///{folder / 'runs.db'}")
     rows = store.read_now(lambda connection: store.sandboxes(connection, live=False))
     store.close()
-    assert rows
     if kind == "docker":
         listed = subprocess.run(["docker", "ps", "-aq", "--no-trunc", "--format", "{{.Names}}"], capture_output=True)
         return not {f"ridethrough-{row.id}" for row in rows} & set(listed.stdout.decode().split())
