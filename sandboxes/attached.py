@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, Protocol
 import anyio
 from anyio.abc import ByteStream, TaskGroup
 
-from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxTimeout
+from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxTimeout, SandboxUnavailable
 from ridethrough.sandboxes import archive
 from ridethrough.sandboxes.channel import (
     ANSWER_SECONDS,
@@ -738,9 +738,17 @@ class AttachedSandbox(Sandbox):
             async with self._closing:
                 await self._let_end("it was closed")
                 if not self._removed:
-                    with anyio.fail_after(REMOVE_SECONDS):
-                        await self._hold.remove()
+                    await self._remove()
                     self._removed = True
+
+    async def _remove(self) -> None:
+        with anyio.move_on_after(REMOVE_SECONDS) as scope:
+            await self._hold.remove()
+        if scope.cancelled_caught:
+            raise SandboxUnavailable(
+                f"Sandbox {self.id} could not be removed within {REMOVE_SECONDS:g} s: its host does not answer. "
+                "`ridethrough sandbox prune` removes it later"
+            )
 
     async def detach(self) -> None:
         """As ``Sandbox.detach``."""

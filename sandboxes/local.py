@@ -143,13 +143,14 @@ class LocalHost(Host):
         port = await _in_thread(_free_port) if profile.network else 0
         local = Local(id, profile.name, time.time(), secrets.token_hex(8), linger, dict(labels or {}), port)
         folder = self._folder(id)
-        await _in_thread(lambda: _make(folder, local))
+        with anyio.CancelScope(shield=True):  # whether it was made is known, whoever is cancelled
+            await _in_thread(lambda: _make(folder, local))
         try:
             started = await _in_thread(lambda: _start(folder, local))
             return await self._attach(profile, started)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
-                await _in_thread(lambda: _remove(folder, local))
+                await _in_thread(lambda: _remove(folder, _read(folder) or local))
             if isinstance(error, SandboxGone | OSError | ValueError | subprocess.SubprocessError):
                 raise SandboxUnavailable(f"The local sandbox {id} did not start: {error}") from error
             raise

@@ -165,6 +165,27 @@ async def test_a_stuck_supervisor_costs_its_sandbox(host: LocalHost, profile: Sa
         assert sandbox.id not in [each.id for each in await host.found()]
 
 
+@pytest.mark.anyio
+async def test_sandboxes_that_are_cancelled_at_any_time_leave_nothing(host: LocalHost, profile: SandboxProfile) -> None:
+    mark = new_id()
+
+    async def use(number: int) -> None:
+        with anyio.move_on_after(number * 0.012):
+            async with made(host, profile) as sandbox:
+                await sandbox.write("a", bytes(300_000))
+                await sandbox.exec(["sh", "-c", f"sleep 1000; : {mark}"], timeout=PATIENCE)
+
+    await use(20)
+    before, there = len(os.listdir("/proc/self/fd")), [each.id for each in await host.found()]
+    async with anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(use, number)
+    assert [each.id for each in await host.found() if each.id not in there] == []
+    assert len(os.listdir("/proc/self/fd")) == before
+    async with made(host, profile) as witness:
+        assert await running(witness, mark) == 0
+
+
 _OWNER = """
 import sys, anyio
 from ridethrough.sandboxes.local import LocalHost
