@@ -62,9 +62,9 @@ class Streams:
 
     def flush(self) -> None:
         """Have everything written that was printed."""
-        for stream in (sys.stdout, sys.stderr, self.out, self.err):
+        for stream in (getattr(sys, "stdout", None), getattr(sys, "stderr", None), self.out, self.err):
             try:
-                stream.flush()
+                stream.flush()  # type: ignore[union-attr]
             except BaseException:
                 continue
 
@@ -93,6 +93,7 @@ class Session:
         self.streams = Streams()
         self.pid = os.getpid()
         self.count = 0
+        self.interrupt: Any = signal.default_int_handler
         sys.modules["__main__"] = self.module
         sys.argv = [""]
         if not getattr(sys.flags, "safe_path", False) and sys.path[:1] != [""]:
@@ -101,22 +102,36 @@ class Session:
     def run(self, code: str) -> tuple[int, bool]:
         """Run a piece of code: its status, and whether it wants the session to end."""
         self.count += 1
-        name = f"<code {self.count}>"
+        self.streams.restore()
+        error = self.error_of(code, f"<code {self.count}>")
+        self.streams.flush()
+        self.streams.restore()  # what could not be written to streams that the code has closed is written now
+        status = 0 if error is None else exit_status(error) if isinstance(error, SystemExit) else self.failed(error)
+        self.streams.flush()
+        return status, isinstance(error, SystemExit)
+
+    def error_of(self, code: str, name: str) -> BaseException | None:
+        """Run a piece of code: what it has raised, with the code's own frames."""
         try:
             pieces = self.compiled(code, name)
         except BaseException as error:
-            self.print_error(error, None)
-            return 1, False
+            return error.with_traceback(None)
+        try:
+            self.execute(pieces)
+        except BaseException as error:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            trace = error.__traceback__  # of this frame and of the next: they are not the code's
+            return error.with_traceback(trace and trace.tb_next and trace.tb_next.tb_next)
+        return None
+
+    def execute(self, pieces: list[types.CodeType]) -> None:
+        """Run code, which can be interrupted; what is around it cannot."""
+        signal.signal(signal.SIGINT, self.interrupt)
         try:
             for piece in pieces:
                 exec(piece, self.module.__dict__)
-            return 0, False
-        except SystemExit as error:
-            return exit_status(error), True
-        except BaseException as error:
-            trace = error.__traceback__
-            self.print_error(error, trace.tb_next if trace is not None else None)
-            return 1, False
+        finally:
+            self.interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) or signal.default_int_handler
 
     def compiled(self, code: str, name: str) -> list[types.CodeType]:
         """The code, with its last expression by itself, so that its value is printed."""
@@ -134,17 +149,16 @@ class Session:
 
         linecache.cache[name] = (len(code), None, code.splitlines(True), name)
 
-    def print_error(self, error: BaseException, trace: types.TracebackType | None) -> None:
-        """Print an exception, with the code's own frames."""
+    def failed(self, error: BaseException) -> int:
+        """Print an exception; its status."""
         try:
             import traceback
 
-            traceback.print_exception(type(error), error, trace)
+            traceback.print_exception(type(error), error, error.__traceback__)
         except BaseException as other:
-            try:
-                os.write(2, f"{type(error).__name__} (and {type(other).__name__} when it was printed)\n".encode())
-            except OSError:
-                pass
+            note = f"{type(error).__name__} ({type(other).__name__} when it was printed)\n"
+            os.write(2, note.encode("utf-8", "replace"))
+        return 1
 
 
 def exit_status(error: SystemExit) -> int:
@@ -159,13 +173,9 @@ def exit_status(error: SystemExit) -> int:
 
 
 def request(stream: BinaryIO) -> str | None:
-    """The next piece of code; ``None`` at the end. An interrupt is for code that runs."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        size = stream.readline()
-        return stream.read(int(size)).decode("utf-8", "replace") if size else None
-    finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    """The next piece of code; ``None`` at the end."""
+    size = stream.readline()
+    return stream.read(int(size)).decode("utf-8", "replace") if size else None
 
 
 def answer(fd: int, fields: dict[str, Any]) -> None:
@@ -177,6 +187,7 @@ def answer(fd: int, fields: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Run what is asked for until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = os.fdopen(moved_away(0), "rb")
     answers = moved_away(3)
     os.close(3)
@@ -185,9 +196,7 @@ def serve() -> None:
         code = request(requests)
         if code is None:
             break
-        session.streams.restore()
         status, over = session.run(code)
-        session.streams.flush()
         if os.getpid() != session.pid:  # a fork in the code came as far as this: only its parent is the session
             os._exit(status)
         answer(answers, {"code": status, "end": True} if over else {"code": 1 if status else 0})

@@ -1105,7 +1105,7 @@ def listed(place: Place, most: int) -> list[tuple[str, os.stat_result]]:
     try:
         fd = place.itself()
         try:
-            names = some_names(fd, most)
+            names = [name for name in some_names(fd, most) if not name.startswith(PART)]
         finally:
             os.close(fd)
         return infos(place, names)
@@ -1114,14 +1114,17 @@ def listed(place: Place, most: int) -> list[tuple[str, os.stat_result]]:
 
 
 def some_names(fd: int, most: int = SLICE) -> list[str]:
-    """Up to ``most`` names in a folder."""
+    """Up to ``most`` names in a folder, read from its beginning: what is open may show a tmpfs as it was before."""
     names = []
-    with os.scandir(fd) as listing:
-        for item in listing:
-            if not item.name.startswith(PART) or most == SLICE:
+    fresh = os.open(".", FOLDER, dir_fd=fd)
+    try:
+        with os.scandir(fresh) as listing:
+            for item in listing:
                 names.append(item.name)
-            if len(names) >= most:
-                break
+                if len(names) >= most:
+                    break
+    finally:
+        os.close(fresh)
     return names
 
 
@@ -2059,6 +2062,7 @@ class Supervisor:
             else:
                 call.survivors = yield from self.sweep(lambda owner: owner in (None, call.id))
             self.drain(call, call.pipes)
+            self.reap()
         self.finished(call)
 
     def nothing_left(self, call: Call, pipes: bool = True) -> bool:
