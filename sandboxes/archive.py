@@ -91,7 +91,8 @@ def unpack(folder: str, source: IO[bytes], most: int) -> int:
             else:
                 _unpack_one(tar, entry, path)
             count += 1
-    return count - _link(folder, links)
+    _link(links)
+    return count
 
 
 def _place(folder: str, name: str) -> str:
@@ -117,18 +118,11 @@ def _unpack_one(tar: tarfile.TarFile, entry: tarfile.TarInfo, path: str) -> None
         raise ValueError(f"the archive has an entry that is no file, folder or link: {entry.name!r}")
 
 
-def _link(folder: str, links: list[tuple[str, str]]) -> int:
-    """Make the links, and take those out again that lead out; how many were."""
+def _link(links: list[tuple[str, str]]) -> None:
+    """Make the links, after all files: nothing can be written through one. Those that lead out stay as they were (the
+    ``python`` of a virtual environment does): they are followed by what runs there, and never by file calls."""
     for path, target in links:
         os.symlink(target, path)
-    out = [path for path, _ in links if not _is_within(folder, os.path.realpath(path))]
-    for path in out:
-        os.unlink(path)
-    return len(out)
-
-
-def _is_within(folder: str, path: str) -> bool:
-    return path == folder or path.startswith(folder + os.sep)
 
 
 def _write(path: str, source: IO[bytes] | None, entry: tarfile.TarInfo) -> None:

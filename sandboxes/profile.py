@@ -126,3 +126,18 @@ def _is_less(now: Any, wanted: Any) -> bool:
     if isinstance(now, tuple):
         return isinstance(wanted, tuple) and set(wanted) <= set(now)
     return isinstance(wanted, int | float) and 0 < wanted <= now
+
+
+BUILT_IN: Final = {
+    "python": SandboxProfile(),
+    "desktop": SandboxProfile(
+        name="desktop",
+        image="ridethrough/desktop:latest",
+        desktop=True,
+        memory=2 * 2**30,
+        cpus=2.0,
+        pids=512,
+        warm=0,
+    ),
+}
+"""Profiles that need no configuration. A browser has some 250 threads, and half a gigabyte with a page or two."""

@@ -35,7 +35,7 @@ from ridethrough.runtime.store import StoredRow
 from ridethrough.runtime.tables import FINAL
 from ridethrough.runtime.testpoints import killpoint
 from ridethrough.sandboxes.ownership import STORE_LABEL, store_id
-from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.sandboxes.profile import BUILT_IN, SandboxProfile
 
 if TYPE_CHECKING:
     from ridethrough.runtime.runtime import Lodgings
@@ -47,22 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("ridethrough")
 
 RUN_LABEL: Final = "ridethrough.run"
-DESKTOP_MEMORY: Final = 2 * 2**30
-DESKTOP_PIDS: Final = 512
-
-BUILT_IN: Final = {
-    "python": SandboxProfile(),
-    "desktop": SandboxProfile(
-        name="desktop",
-        image="ridethrough/desktop:latest",
-        desktop=True,
-        memory=DESKTOP_MEMORY,
-        cpus=2.0,
-        pids=DESKTOP_PIDS,
-        warm=0,
-    ),
-}
-"""Profiles that need no configuration."""
 
 
 @asynccontextmanager
@@ -325,13 +309,14 @@ class Lodging(Companion):
             quarters.closed.set()
 
     async def _host(self, kind: str, stack: AsyncExitStack) -> Any:
+        relay_for = await self._relays(stack)
         if kind == "local":
             from ridethrough.sandboxes.local import LocalHost
 
-            return LocalHost.open()
+            return LocalHost.open(relay_for=relay_for)
         from ridethrough.sandboxes.docker import DockerHost
 
-        return DockerHost.open(relay_for=await self._relays(stack))
+        return DockerHost.open(relay_for=relay_for)
 
     async def _relays(self, stack: AsyncExitStack) -> RelayFor | None:
         if not any(profile.network for profile in self.profiles.values()):
@@ -626,6 +611,3 @@ async def _quietly(what: Callable[[], Awaitable[object]]) -> None:
         await what()
     except Error as error:
         log.warning("sandboxes: %s", error)
-
-
-__all__: Sequence[str] = ("BUILT_IN", "Lodging", "open_lodging")

@@ -48,6 +48,16 @@ if TYPE_CHECKING:
     from ridethrough.runtime.workflow import uuid as uuid
     from ridethrough.runtime.workflow import wait_for as wait_for
     from ridethrough.runtime.workflow import workflow as workflow
+    from ridethrough.sandboxes.profile import SandboxProfile as SandboxProfile
+    from ridethrough.sandboxes.sandbox import ExecResult as ExecResult
+    from ridethrough.sandboxes.sandbox import Output as Output
+    from ridethrough.sandboxes.sandbox import Process as Process
+    from ridethrough.sandboxes.sandbox import Sandbox as Sandbox
+    from ridethrough.sandboxes.sandbox import Session as Session
+    from ridethrough.sandboxes.sandbox import Snapshot as Snapshot
+    from ridethrough.sandboxes.standalone import docker_sandbox as docker_sandbox
+    from ridethrough.sandboxes.standalone import local_sandbox as local_sandbox
+    from ridethrough.tools.catalogue import ToolSearch as ToolSearch
     from ridethrough.tools.context import ToolContext as ToolContext
     from ridethrough.tools.tool import Tool as Tool
     from ridethrough.tools.tool import ToolCall as ToolCall
@@ -84,6 +94,10 @@ _MODULES = {
     "runtime.router.router": ("Router",),
     "runtime.runtime": ("Run", "Runtime"),
     "runtime.workflow": ("ask", "fan_out", "gather", "now", "random", "sleep", "step", "uuid", "wait_for", "workflow"),
+    "sandboxes.profile": ("SandboxProfile",),
+    "sandboxes.sandbox": ("ExecResult", "Output", "Process", "Sandbox", "Session", "Snapshot"),
+    "sandboxes.standalone": ("docker_sandbox", "local_sandbox"),
+    "tools.catalogue": ("ToolSearch",),
     "tools.context": ("ToolContext",),
     "tools.tool": ("Tool", "ToolCall", "tool"),
 }  # fmt: skip

@@ -765,7 +765,7 @@ class Conformance:
             assert (await sandbox.stat("a/b/c")).mode & 0o777 == 0o750
             assert await sandbox.read("link/c") == await sandbox.read("twin")
             paths = [each.path for each in (await sandbox.list()).entries]
-            assert paths == ["a", "empty", "hollow", "link", "twin"]
+            assert paths == ["a", "empty", "hollow", "link", "out", "twin"]
             with pytest.raises(SandboxError):
                 await process.write(b"x")
 
@@ -805,10 +805,14 @@ class Conformance:
         assert await sh(box, "ls -d /etc/evil ../evil 2>/dev/null || echo none") == "none\n"
         await box.restore(archive())
 
-    async def test_links_of_an_archive_that_lead_out_are_left_out(self, box: Sandbox) -> None:
+    async def test_links_of_an_archive_stay_as_they_were_and_lead_no_file_call_out(self, box: Sandbox) -> None:
         links = {"abs": "/etc", "up": "../..", "in": "real", "self": ".", "turn": "self/../x"}
         await box.restore(archive(("real", b"1"), *((name, entry(tarfile.SYMTYPE, to)) for name, to in links.items())))
-        assert [each.path for each in (await box.list()).entries] == ["in", "real", "self"]
+        assert {each.path for each in (await box.list()).entries} == {"real", *links}
+        assert await box.read("in") == b"1"
+        for out in ("abs/passwd", "up/etc/passwd"):
+            with pytest.raises(SandboxError):
+                await box.read(out)
         await box.restore(archive())
 
     async def test_a_workspace_that_is_too_large_is_not_taken(self, host: Host, profile: SandboxProfile) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -15,6 +15,7 @@ from ridethrough import (
     AgentResult,
     ApprovalRequested,
     Event,
+    ExecResult,
     FakeClock,
     HandedOff,
     Limits,
@@ -24,6 +25,8 @@ from ridethrough import (
     ModelResponse,
     NotStarted,
     OutcomeUnknown,
+    Output,
+    Process,
     Router,
     Run,
     RunContext,
@@ -32,6 +35,10 @@ from ridethrough import (
     RunResumed,
     RunStarted,
     Runtime,
+    Sandbox,
+    SandboxProfile,
+    Session,
+    Snapshot,
     StepFinished,
     StepStarted,
     Tool,
@@ -39,10 +46,13 @@ from ridethrough import (
     ToolCallFinished,
     ToolCallStarted,
     ToolContext,
+    ToolSearch,
     Unavailable,
     ask,
+    docker_sandbox,
     fan_out,
     gather,
+    local_sandbox,
     now,
     random,
     sleep,
@@ -313,6 +323,50 @@ def what_happened(event: Event) -> str:
             return event.type
         case RunFinished():
             return event.status
+
+
+# --- sandboxes ------------------------------------------------------------------------------------------------------
+
+
+@tool(sandbox="python", effect="read")
+def count_words(text: str) -> int:
+    """Count them there."""
+    return len(text.split())
+
+
+@tool(sandbox=SandboxProfile(memory=2**28), sandbox_scope="call")
+async def alone(text: str) -> str:
+    """In a sandbox of its own."""
+    return text
+
+
+@tool(confined=True)
+async def through_context(ctx: ToolContext) -> str:
+    """Through ctx.sandbox."""
+    assert_type(ctx.sandbox, Sandbox)
+    return (await ctx.sandbox.exec(["true"])).stdout
+
+
+Agent("coder", model="smart", tools=[count_words, alone, through_context], sandbox="python", tool_search=ToolSearch())
+
+
+async def sandboxes() -> None:
+    async with docker_sandbox("python") as sandbox, local_sandbox(SandboxProfile(kind="local")) as other:
+        assert_type(sandbox, Sandbox)
+        result = await sandbox.exec(["ls"], timeout=5, stdin=b"", env={"A": "1"}, cwd=".")
+        assert_type(result, ExecResult)
+        assert_type(result.limit, Literal["memory", "pids", "disk", "output"] | None)
+        async for item in sandbox.exec_stream(["ls"]):
+            assert_type(item, Output | ExecResult)
+        process = await sandbox.start(["cat"], timeout=60, stdin=True)
+        assert_type(process, Process)
+        async with sandbox.python() as session:
+            assert_type(session, Session)
+        assert_type(await sandbox.read("file"), bytes)
+        snapshot = await sandbox.snapshot()
+        assert_type(snapshot, Snapshot)
+        await other.restore(snapshot)
+        assert_type(await other.fork(), Sandbox)
 
 
 # --- the router -----------------------------------------------------------------------------------------------------
