@@ -342,7 +342,7 @@ class PlainSandbox(Sandbox):
         self.profile = profile
         self.boundary = True
         self.runtime = runtime
-        self.environment = {**environment, **profile.env}
+        self.environment: Mapping[str, str] = {**environment, **profile.env}
         self.proof = proof
         self._execs = execs
         self._hold = hold

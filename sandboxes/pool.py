@@ -28,6 +28,8 @@ from anyio.abc import TaskGroup
 
 from ridethrough.runtime.clock import Clock, SystemClock
 from ridethrough.runtime.errors import SandboxError, UsageError
+from ridethrough.sandboxes.attached import AttachedSandbox
+from ridethrough.sandboxes.plain import PlainSandbox
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Host, Sandbox
 
@@ -86,6 +88,7 @@ class _Shelf:
     """The warm sandboxes of one make, the freshest at the end."""
 
     make: SandboxProfile
+    warm: int
     ready: list[Sandbox] = field(default_factory=list[Sandbox])
     asked: deque[float] = field(default_factory=lambda: deque(maxlen=8 * MOST))
     starting: int = 0
@@ -95,9 +98,9 @@ class _Shelf:
 
     def target(self, now: float) -> int:
         """How many should be ready."""
-        if not self.asked or now - self.asked[-1] > IDLE_SECONDS or self.make.warm == 0:
+        if not self.asked or now - self.asked[-1] > IDLE_SECONDS or self.warm == 0:
             return 0
-        return min(MOST, max(self.make.warm, self._burst(now)))
+        return min(MOST, max(self.warm, self._burst(now)))
 
     def _burst(self, now: float) -> int:
         """The most acquisitions within ``BURST_SECONDS`` during the last minute; the last one of all is kept."""
@@ -117,8 +120,16 @@ class _Shelf:
 
 
 def _make_of(profile: SandboxProfile) -> SandboxProfile:
-    """What of a profile the container itself is made from: the rest is applied to each call."""
-    return replace(profile, env={}, snapshot_limit=0)
+    """What of a profile the container itself is made from: the rest is applied to what is done with it."""
+    return replace(profile, env={}, snapshot_limit=0, warm=0)
+
+
+def _dressed(sandbox: Sandbox, profile: SandboxProfile) -> Sandbox:
+    """A warm sandbox, made without an environment of its own, as one of ``profile``."""
+    sandbox.profile = profile
+    if isinstance(sandbox, AttachedSandbox | PlainSandbox):
+        sandbox.environment = {**sandbox.environment, **profile.env}
+    return sandbox
 
 
 class Pool:
@@ -201,14 +212,14 @@ class Pool:
         if self._closed:
             raise UsageError("the pool is closed: acquire sandboxes inside `async with Pool.open(...)`")
         shelf = self._shelf(profile)
+        shelf.warm = profile.warm
         shelf.asked.append(self._clock.now())
         self._wake()
         while shelf.ready:
             sandbox = shelf.ready.pop()
             if await self._is_alive(sandbox, shelf):
                 self._hits += 1
-                sandbox.profile = profile
-                return sandbox
+                return _dressed(sandbox, profile)
         self._misses += 1
         return await self._create(profile)
 
@@ -218,7 +229,8 @@ class Pool:
         An acquired sandbox is its owner's: to close it is enough too, but ``after`` is not called then.
         """
         shelf = self._shelf(sandbox.profile)
-        if not used and not self._closed and len(shelf.ready) < shelf.target(self._clock.now()):
+        plain = not sandbox.profile.env  # an environment is put on once
+        if plain and not used and not self._closed and len(shelf.ready) < shelf.target(self._clock.now()):
             shelf.ready.append(sandbox)
         elif self._closed:
             await self._discard(sandbox)
@@ -255,7 +267,7 @@ class Pool:
         for shelf in self._shelves:
             if shelf.make == make:
                 return shelf
-        self._shelves.append(_Shelf(make, checked_at=self._clock.now()))
+        self._shelves.append(_Shelf(make, profile.warm, checked_at=self._clock.now()))
         return self._shelves[-1]
 
     async def _create(self, profile: SandboxProfile) -> Sandbox:
