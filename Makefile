@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 FOLDERS := runtime agents tools sandboxes graders
 
 .DEFAULT_GOAL := help
-.PHONY: help engine demo test check soak bench format pins clean
+.PHONY: help engine images demo test check soak bench format pins clean
 
 help: ## Print what each target does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -15,11 +15,15 @@ help: ## Print what each target does
 engine: ## See to it that there is a Docker engine: the running one, or as root on Debian and Ubuntu their own
 	.ci/engine
 
+images: $(VENV)/core.stamp engine ## Make the sandboxes' images, where they are not as their recipes want them
+	$(BIN)/ridethrough sandbox build python
+	$(BIN)/ridethrough sandbox build desktop
+
 demo: $(VENV)/core.stamp ## Set up and run the built-in example: a brownout, a crash, a resume
 	@.ci/engine || echo "The demo goes on without a Docker engine."
 	$(BIN)/ridethrough demo
 
-test: $(VENV)/dev.stamp engine ## Set up and pass the tests
+test: $(VENV)/dev.stamp images ## Set up and pass the tests
 	$(BIN)/pytest $(ARGS)
 
 check: $(VENV)/dev.stamp ## Lint, check types strictly (mypy and pyright), check who imports whom
@@ -30,10 +34,10 @@ check: $(VENV)/dev.stamp ## Lint, check types strictly (mypy and pyright), check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-soak: $(VENV)/dev.stamp engine ## Kill runs anywhere, hundreds of times (half an hour; RIDETHROUGH_SEED=n repeats one)
+soak: $(VENV)/dev.stamp images ## Kill runs anywhere, hundreds of times (half an hour; RIDETHROUGH_SEED=n repeats one)
 	$(BIN)/pytest -m soak -s $(ARGS)
 
-bench: $(VENV)/dev.stamp $(VENV)/peers.stamp engine ## Measure beside the peers and print the table
+bench: $(VENV)/dev.stamp $(VENV)/peers.stamp images ## Measure beside the peers and print the table
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 format: $(VENV)/dev.stamp ## Format the code

@@ -48,7 +48,7 @@ def engine() -> Any:
 def python_image(engine: Any) -> str:
     """The project's own image."""
     if not engine.images(IMAGE):
-        pytest.fail(f"There is no image {IMAGE}: run `make engine`")
+        pytest.fail(f"There is no image {IMAGE}: run `make images`")
     return IMAGE
 
 
