@@ -452,12 +452,13 @@ class Keyboard:
         return syms[count:]
 
     def codes(self, combination: str) -> list[int]:
-        """The keys of ``ctrl+shift+t``, in their order."""
+        """The keys of ``ctrl+shift+t``, in their order; ``CTRL+T`` is ``ctrl+t``, as it is written on keys."""
         names = combination.split("+") if combination != "+" else ["+"]
         if names[-2:] == ["", ""]:  # ctrl++
             names[-2:] = ["+"]
         codes: list[int] = []
         for name in names:
+            name = name.lower() if len(names) > 1 and len(name) == 1 else name
             code, shift = self.find(self.sym(name.strip() or " "))
             if shift:
                 codes.append(self.known[int(XK.XK_Shift_L)][0])
