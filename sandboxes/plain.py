@@ -255,13 +255,21 @@ class Execs:
             said = command.ends[STDOUT].data().decode("utf-8", "replace").strip()
             raise SandboxError(f"{command.argv[0]!r} cannot be started: {said[:500]}")
         code = 137 if state.exit_code is None else state.exit_code
-        if code == 137 and command.ended_by is None and await self._ran_out_of_memory(command):
-            command.ended_by = "memory"
+        if code == 137 and command.ended_by is None:
+            await self._why_killed(command)
         return command.result(code)
 
-    async def _ran_out_of_memory(self, command: Command) -> bool:
+    async def _why_killed(self, command: Command) -> None:
+        """It was killed, and not by us: with its container, for want of memory, or by itself.
+
+        Raises:
+            SandboxGone: with its container.
+        """
+        if (fate := await self._hold.fate()) is not None:
+            raise SandboxGone(f"Sandbox {self._container} is gone: {fate}.")
         events = await self._asked(self._engine.events(self._container, command.since))
-        return any(event.get("Action") == "oom" for event in events)
+        if any(event.get("Action") == "oom" for event in events):
+            command.ended_by = "memory"
 
     async def _end(self, command: Command, stream: EngineStream, *, at_once: bool = False) -> None:
         """End all that carries the command's mark; the whole container where the command itself withstands.

@@ -309,9 +309,36 @@ def resources() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-@pytest.mark.parametrize(
-    ("tasks", "each"), [(6, 5), pytest.param(20, 10, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
-)
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_a_whole_life_on_either_event_loop(engine: Any, profile: SandboxProfile) -> None:
+    """Made, used, let go of, frozen, attached to by another, removed."""
+    async with DockerHost.open(labels=SESSION) as host, DockerHost.open(labels=SESSION) as other:
+        assert host.name == other.name
+        sandbox = await host.create(profile, id=new_id(), labels={"mine": "yes"})
+        assert sandbox.boundary
+        assert (await sandbox.exec(["cat"], stdin=b"in")).stdout_bytes == b"in"
+        items = [item async for item in sandbox.exec_stream(["seq", "3"])]
+        assert items[-1].stdout == "1\n2\n3\n"  # type: ignore[union-attr]
+        await sandbox.write("file", "kept")
+        await sandbox.detach()
+        await other.pause(sandbox.id)
+        [found] = [each for each in await other.found() if each.id == sandbox.id]
+        assert (found.state, found.labels["mine"], found.profile, found.runtime) == ("paused", "yes", "python", "runc")
+        again = await other.attach(profile, sandbox.id)
+        assert await again.read("file") == b"kept"
+        with pytest.raises(SandboxTimeout):
+            await again.exec(["sleep", "1000"], timeout=0.1)
+        await other.pause(sandbox.id)
+        assert await other.remove(sandbox.id)
+        assert not await other.remove(sandbox.id)
+        with pytest.raises(SandboxGone):
+            await again.exec(["true"])
+        with pytest.raises(SandboxGone):
+            await host.attach(profile, sandbox.id)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("anyio_backend", "tasks", "each"), [("asyncio", 20, 10), ("trio", 6, 5)])
 async def test_sandboxes_of_tasks_that_are_cancelled_leave_nothing(
     engine: Any, profile: SandboxProfile, tasks: int, each: int
 ) -> None:
