@@ -407,8 +407,8 @@ class AttachedSandbox(Sandbox):
                 del self._waiting[command.id]
 
     async def abandon(self, command: Command) -> None:
-        """End a call that nobody waits for; a sandbox that was let go of keeps it for whoever attaches."""
-        if self._let_go or self._waiting[command.id] > 1:
+        """End a call that nobody waits for, unless it has a name by which it may be asked for later."""
+        if self._let_go or not command.own or self._waiting[command.id] > 1:
             return
         with suppress(SandboxError):
             kill = self.channel.post("kill", {"id": command.id})

@@ -234,7 +234,8 @@ class Sandbox(ABC):
             user: Another user than the profile's; never root unless the profile is.
             keep_output: Bytes of each stream that are kept.
             call_id: Names the call: the same id again gives the result of the first, finished or still running, and
-                starts nothing. This is how a resumed worker gets what finished while it was away.
+                starts nothing. This is how a resumed worker gets what finished while it was away. A call without one
+                is ended when its caller is cancelled; one with an id goes on, and ``kill`` ends it.
 
         Raises:
             SandboxTimeout: the deadline has passed (``.result`` has what it had written).

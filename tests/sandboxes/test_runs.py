@@ -398,6 +398,52 @@ async def test_calls_go_on_while_their_worker_is_dead(tmp_path: Path, kind: str,
     assert nothing_left(tmp_path, kind)
 
 
+@tool(sandbox="python", timeout=60)
+def count_up(path: str) -> str:
+    """Begin, wait for a file, end."""
+    import os
+    import time
+
+    with open("begun", "a") as begun:
+        begun.write("x")
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    with open("begun") as begun:
+        return begun.read()
+
+
+async def test_a_worker_that_closes_leaves_its_calls_running_for_the_next(tmp_path: Path, kind: str) -> None:
+    agent = Agent("worker", model=Scripted(call("count_up", path="go"), SAY_RESULT), tools=[count_up])
+    async with open_runtime(tmp_path, kind) as runtime:
+        run = await runtime.start(agent, "go")
+        await until(lambda: _has_begun(runtime, run.id))
+    async with open_runtime(tmp_path, kind) as runtime:
+        keeper = await lodging(runtime)
+        again = await runtime.resume(run.id)
+        sandbox = await keeper.sandbox(run.id, "python")
+        await sandbox.write("go", "")
+        with anyio.fail_after(PATIENCE):
+            assert await again.result() is not None
+        view = await again.view()
+        assert view.result["output"] == "x"
+
+
+async def _has_begun(runtime: Runtime, run_id: str) -> bool:
+    if not [row for row in await rows(runtime, run_id) if row.status == "running"]:
+        return False
+    sandbox = await (await lodging(runtime)).sandbox(run_id, "python")
+    return "begun" in {each.path for each in (await sandbox.list()).entries}
+
+
+async def test_a_cancelled_run_ends_its_calls_and_its_sandbox(tmp_path: Path, kind: str) -> None:
+    agent = Agent("worker", model=Scripted(call("count_up", path="go"), SAY_RESULT), tools=[count_up])
+    async with open_runtime(tmp_path, kind) as runtime:
+        run = await runtime.start(agent, "go")
+        await until(lambda: _has_begun(runtime, run.id))
+        await run.cancel()
+        await until(lambda: all_removed(runtime, run.id))
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "point", ["sandbox.before_bind:1", "sandbox.after_bind:1", "finish.before:1", "finish.after:1"]
