@@ -189,7 +189,7 @@ def test_every_dialect_is_named() -> None:
 
 def test_every_module_of_the_house_is_described() -> None:
     text = (ROOT / "docs/concepts/house.md").read_text()
-    folders = ("runtime", "runtime/router", "runtime/router/providers", "agents", "tools")
+    folders = ("runtime", "runtime/router", "runtime/router/providers", "agents", "tools", "sandboxes")
     modules = [path.name for folder in folders for path in (ROOT / folder).glob("*.py")]
     assert [name for name in sorted(modules) if name != "__init__.py" and name not in text] == []
 
