@@ -410,12 +410,13 @@ class Call:
 class Process:
     """A line of the process table; ``born`` tells processes apart that have had the same number."""
 
-    __slots__ = ("born", "dead", "parent", "pid", "session")
+    __slots__ = ("born", "dead", "group", "parent", "pid", "session")
 
     def __init__(self, pid: int, fields: list[bytes]) -> None:
         self.pid = pid
         self.dead = fields[0] in (b"Z", b"X", b"x")
         self.parent = int(fields[1])
+        self.group = int(fields[2])
         self.session = int(fields[3])
         self.born = int(fields[19])
 
@@ -499,26 +500,24 @@ class Tree:
         digits = text[start + 24 : start + 40].split(b"\0", 1)[0]
         return int(digits) if start >= 0 and digits.isdigit() else 0
 
-    def owners(self, calls: Iterable[Call]) -> dict[int, tuple[Process, str | None]]:
+    def owners(self, calls: list[Call]) -> dict[int, tuple[Process, str | None]]:
         """Every process that is not dead, with the id of its call; ``None``: it is nobody's."""
         table = self.scan()
         mains = {call.pid: call.id for call in calls if call.alive}
-        leaders = {call.pid: call.id for call in calls}
-        ids = set(leaders.values())
+        ids = {call.id for call in calls}
         self.sessions = {session: id for session, id in self.sessions.items() if id in ids}
+        self.sessions.update((call.pid, call.id) for call in calls)
         lines = {pid: self.line(pid, table, mains) for pid in table}
-        for pid, id in lines.items():
-            if id is not None:
-                self.sessions[table[pid].session] = id
-        found = {}
-        for pid, each in table.items():
-            if not each.dead:
-                owner = lines[pid] or leaders.get(each.session) or self.sessions.get(each.session)
-                if owner is None:
-                    tag = tag_of(pid)
-                    owner = tag if tag in ids else None
-                found[pid] = each, owner
-        return found
+        self.sessions.update((table[pid].session, id) for pid, id in lines.items() if id is not None)
+        living = [each for each in table.values() if not each.dead]
+        return {each.pid: (each, lines[each.pid] or self.owner(each, ids)) for each in living}
+
+    def owner(self, each: Process, ids: set[str]) -> str | None:
+        """Whose a process is that has lost its line of parents."""
+        if each.session in self.sessions:
+            return self.sessions[each.session]
+        tag = tag_of(each.pid)
+        return tag if tag in ids else None
 
     def line(self, pid: int, table: dict[int, Process], mains: dict[int, str]) -> str | None:
         """The call whose main process a process comes from."""
@@ -531,12 +530,29 @@ class Tree:
             pid = each.parent
         return None
 
+    def orphans(self) -> list[int]:
+        """The children of this process: the main processes of calls, and what has lost its parent."""
+        return [int(word) for word in read_file(self.children, 256 * 1024).split()]
+
     def nothing_beside(self, mains: set[int]) -> bool:
         """Whether provably nothing is left but what comes from these processes. What a dead parent leaves becomes a
-        child of this process, so one look at its children is enough."""
+        child of this process before that parent can be taken note of, so one look at its children is enough."""
+        return self.exact and mains.issuperset(self.orphans())
+
+    def missed(self, seen: set[int], calls: list[Call]) -> dict[int, tuple[Process | None, str | None]]:
+        """What a scan has not seen: reading the table takes time, and a process that forks and exits all the while is
+        never where one looks. ``None`` for one that has ended just now, and may have left another."""
         if not self.exact:
-            return False
-        return mains.issuperset(map(int, read_file(self.children, 65536).split()))
+            return {}
+        ids = {call.id for call in calls}
+        known = seen.union(call.pid for call in calls if call.alive)
+        found: dict[int, tuple[Process | None, str | None]] = {}
+        for pid in self.orphans():
+            if pid not in known:
+                each = process(pid)
+                gone = each is None or each.dead
+                found[pid] = (None, None) if gone or each is None else (each, self.owner(each, ids))
+        return found
 
     def descends(self, pid: int) -> bool:
         """Whether a process was started in here, so that it is no host's; one that cannot be found is none either."""
@@ -560,6 +576,14 @@ def send_signal(pid: int, number: int) -> None:
         os.kill(pid, number)
     except OSError:
         return
+
+
+def signal_all(found: list[Process], number: int, spared: set[int]) -> None:
+    """Signal processes, and their groups where nobody else is in them: no fork gets past a signal to its group."""
+    for each in found:
+        send_signal(each.pid, number)
+    for group in {each.group for each in found} - spared:
+        send_signal(-group, number)
 
 
 def subreaper() -> bool:
@@ -1533,13 +1557,12 @@ class Supervisor:
         """End everything that was started, for a second at most."""
         until = time.monotonic() + 1.0
         while time.monotonic() < until:
-            found = self.tree.owners(self.living())
-            if not found:
+            table = self.tree.owners(self.living())
+            if not table and self.all_seen(table, lambda owner: True):
                 return
             for number in (signal.SIGSTOP, signal.SIGKILL):
-                for pid in found:
-                    send_signal(pid, number)
-            time.sleep(0.005)
+                signal_all([each for each, _ in table.values()], number, {0})
+            time.sleep(0.002)
             self.reap()
 
     def woken(self, fd: int) -> None:
@@ -2083,22 +2106,36 @@ class Supervisor:
         can start others while they are ended one by one."""
         until = self.loop.now() + SWEEP_SECONDS
         stopped: set[int] = set()
-        pause = 0.001
+        quiet, pause = 0, 0.001
         while True:
-            victims = {pid for pid, (_, owner) in self.tree.owners(self.living()).items() if chosen(owner)}
+            table = self.tree.owners(self.living())
+            victims = [each for each, owner in table.values() if chosen(owner)]
             late = self.loop.now() > until
-            if not victims or late:
-                return len(victims)
-            fresh = victims - stopped
-            for pid in fresh:
-                send_signal(pid, signal.SIGSTOP)
-            stopped |= fresh
-            if fresh:
+            if not victims:
+                quiet += 1
+                if late or (self.all_seen(table, chosen) and (self.tree.exact or quiet == 3)):
+                    return 0
+                if quiet % 50 == 0:
+                    yield pause
                 continue
-            for pid in victims:
-                send_signal(pid, signal.SIGKILL)
-            yield pause
-            pause = min(2 * pause, 0.02)
+            if late:
+                return len(victims)
+            fresh = {each.pid for each in victims} - stopped
+            stopped |= fresh
+            others = {each.group for each, owner in table.values() if not chosen(owner)}
+            signal_all(victims, signal.SIGSTOP if fresh else signal.SIGKILL, others)
+            if not fresh:
+                yield pause
+                pause = min(2 * pause, 0.02)
+
+    def all_seen(self, table: dict[int, tuple[Process, str | None]], chosen: Callable[[str | None], bool]) -> bool:
+        """Whether a scan has missed nothing; what it has missed is ended where it is found."""
+        self.reap()
+        calls = self.living()
+        missed = list(self.tree.missed(set(table), calls).values())
+        others = {call.pid for call in calls}.union(each.group for each, _ in table.values())
+        signal_all([each for each, owner in missed if each is not None and chosen(owner)], signal.SIGKILL, others)
+        return not any(each is None or chosen(owner) for each, owner in missed)
 
     def finished(self, call: Call) -> None:
         """A call is done: answer all who wait for it, and keep its result."""
