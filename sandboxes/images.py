@@ -29,8 +29,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from anyio.abc import Process
 from anyio.streams.text import TextReceiveStream
 
 from ridethrough.runtime.backend import current_backend
-from ridethrough.runtime.errors import ConfigError, SandboxError, SandboxUnavailable
+from ridethrough.runtime.errors import ConfigError, SandboxError, SandboxTimeout, SandboxUnavailable
 from ridethrough.runtime.threads import run_in_thread
 from ridethrough.sandboxes.engine import Engine
 from ridethrough.sandboxes.frames import digest_of, supervisor_source
@@ -421,7 +421,7 @@ class _Builder:
             )
             return made
 
-        with anyio.fail_after(BUILD_SECONDS):
+        with _within(BUILD_SECONDS, f"the engine has not built {what}"):
             said = await self._work(start, f"build {what}")
         ids = [line["aux"]["ID"] for line in said if "ID" in (line.get("aux") or {})]
         if not ids:
@@ -500,8 +500,9 @@ def _listen(
     from requests.exceptions import RequestException
 
     said: list[dict[str, Any]] = []
-    client = APIClient(str(engine.address), version=engine.api, timeout=SILENCE_SECONDS)
+    client: APIClient | None = None
     try:
+        client = APIClient(str(engine.address), version=engine.api, timeout=SILENCE_SECONDS)
         for line in start(client):
             if stop.is_set():
                 break
@@ -515,7 +516,8 @@ def _listen(
         told = error.explanation if isinstance(error, APIError) else error
         raise SandboxError(f"the engine was asked to {what}, and failed: {told}\n{_last(said)}".strip()) from error
     finally:
-        client.close()
+        if client is not None:
+            client.close()
 
 
 _STEERING: Final = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -553,12 +555,12 @@ def _check_can_bootstrap(refusal: str) -> None:
     missing = ""
     if os.geteuid() != 0:
         missing = "root; run it with sudo"
-    elif shutil.which("debootstrap") is None:
-        missing = "debootstrap; apt-get install debootstrap"
+    elif missing := " ".join(each for each in ("debootstrap", "unshare") if shutil.which(each) is None):
+        missing += ": apt-get install debootstrap util-linux"
     if missing:
         raise SandboxUnavailable(
             f"there is no root to build an image on: {PULLED} cannot be pulled ({refusal}), and making one needs "
-            f"{missing}. Or name a Debian image that the engine has: base"
+            f"{missing}. Or build on a Debian image that the engine has: --base IMAGE"
         )
 
 
@@ -588,7 +590,7 @@ async def _run_alone(words: Sequence[str], say: Say) -> None:
     """Run a command in namespaces of its own: it ends with all that it has started, and its mounts with it."""
     alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *words]
     last: deque[str] = deque(maxlen=LAST_LINES)
-    with anyio.fail_after(ROOT_SECONDS):
+    with _within(ROOT_SECONDS, "debootstrap has not ended"):
         async with await anyio.open_process(alone, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
             try:
                 await _told(process, last, say)
@@ -615,6 +617,15 @@ async def _told(process: Process, last: deque[str], say: Say) -> None:
 _STAGES: Final = ("I: Retrieving Release", "I: Extracting packages", "I: Unpacking the base", "I: Configuring required")
 
 
+@contextmanager
+def _within(seconds: float, what: str) -> Generator[None]:
+    try:
+        with anyio.fail_after(seconds):
+            yield
+    except TimeoutError as error:
+        raise SandboxTimeout(f"{what} within {seconds / 60:.0f} minutes; try again when there is less to do") from error
+
+
 # --- one at a time --------------------------------------------------------------------------------------------------
 
 
@@ -635,7 +646,7 @@ async def _alone(say: Say) -> AsyncGenerator[None]:
 
 async def _lock(handle: int, say: Say) -> None:
     told = False
-    with anyio.fail_after(BUILD_SECONDS):
+    with _within(BUILD_SECONDS, "another build of this user has not ended"):
         while True:
             try:
                 return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
