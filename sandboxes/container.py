@@ -52,7 +52,7 @@ OOM_SCORE: Final = 300
 """When the machine itself is out of memory, a sandbox goes before the host's own processes."""
 
 BRIDGE_END: Final = b"ridethrough: the bridge has ended."
-"""What the first bridge says at its end: the output that it shares with the container's init does not end with it."""
+"""Said on standard error when the first bridge has ended: its output is also the init's, and does not end with it."""
 
 _BOOT: Final = """\
 import os, sys
@@ -67,24 +67,29 @@ else:
     source = zlib.decompress(base64.b64decode(program))
     exec(compile(source, "supervisor.py", "exec"), names)
     names["own_source"] = lambda: source
-if rest[0] == "serve" and os.fork():
+if rest[0] == "serve":
+    import fcntl, signal
+    alive, held = os.pipe()
+    if not os.fork():
+        if os.fork():
+            os._exit(0)
+        try:
+            names["main"](["bridge", *rest[1:3], "--wait", "30"])
+        finally:
+            os._exit(0)
     os.wait()
+    os.close(held)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-elif rest[0] == "serve":
-    if os.fork():
-        os._exit(0)
-    try:
-        names["main"](["bridge", *rest[1:3], "--wait", "30"])
-    finally:
-        os.write(2, b"@END@")
-        os._exit(0)
+    signal.signal(signal.SIGIO, lambda *_: os.write(2, b"@END@"))
+    fcntl.fcntl(alive, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(alive, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
 sys.exit(names["main"](rest))
 """.replace("@END@", BRIDGE_END.decode())
 """Runs the supervisor, compiled or as a text that was sent along. The bridge beside it is forked twice, so that it is
-no child of the supervisor, which ends what is below it."""
+no child of the supervisor, which ends what is below it; a pipe tells when it has ended, however that came about."""
 
 PLAIN_MAIN: Final = """\
 echo held

@@ -271,8 +271,11 @@ class DockerHost(Host):
             with anyio.fail_after(GREETING_SECONDS):
                 return await self._greeted(order, manner, stream)
         except TimeoutError:
+            await self._clean_up(name, stream)
             raise SandboxGone(f"Sandbox {id} is gone: its supervisor does not answer.") from None
         except SandboxGone as error:
+            if not stream.heard:  # no supervisor is there any more, so none would end what else is
+                await self._clean_up(name)
             said = stream.stderr.decode("utf-8", "replace").strip()[-500:]
             raise SandboxGone(f"{error.message} {said}".strip()) from error
 

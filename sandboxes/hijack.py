@@ -160,6 +160,7 @@ class EngineStream(ByteStream):
     Attributes:
         exec_id: The engine's name of the process; empty for a container's main process.
         stderr: The last 4 KiB of standard error.
+        heard: Whether anything has come on standard output.
         end_mark: What ends standard output when it is read on standard error; nothing does where it is empty.
     """
 
@@ -168,6 +169,7 @@ class EngineStream(ByteStream):
         self.exec_id = exec_id
         self.stderr = b""
         self.end_mark = b""
+        self.heard = False
         self._connection = connection
         self._first = first
         self._frames = Frames()
@@ -208,6 +210,7 @@ class EngineStream(ByteStream):
         while not self._rest:
             stream, data = await self.frame()
             if stream == STDOUT:
+                self.heard = True
                 self._rest = data
             elif self.end_mark and self.end_mark in self.stderr:
                 raise anyio.EndOfStream

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, TaskGroup, TaskStatus
 from tests.sandboxes.conformance import PATIENCE, Conformance, OpenHost, box, new_id
 from tests.sandboxes.conftest import BUSYBOX, SESSION, left_behind, tarred
 
@@ -137,6 +138,23 @@ async def test_a_supervisor_that_is_killed_from_inside(
     assert (await box.exec(["true"])).exit_code == 0
 
 
+async def test_a_connection_that_is_killed_from_inside(host: DockerHost, small: Sandbox) -> None:
+    """The call is told at once; the supervisor lives, and whoever attaches finds it and what it has kept."""
+    await small.write("kept", "still")
+    with anyio.fail_after(PATIENCE), pytest.raises(SandboxGone, match="attached"):
+        await small.exec(["sh", "-c", "kill -9 $(pgrep -f docker-init -P 0; pgrep -P 1 | grep -vx $PPID); sleep 1000"])
+    again = await host.attach(small.profile, small.id)
+    assert await again.read("kept") == b"still"
+
+
+async def test_a_supervisor_that_is_stopped_from_inside(small: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not answer any more, so the sandbox is removed; nobody waits longer than the deadline and its margin."""
+    monkeypatch.setattr("ridethrough.sandboxes.attached.MARGIN", 1.0)
+    with anyio.fail_after(PATIENCE), pytest.raises(SandboxTimeout, match="is gone"):
+        await small.exec(["sh", "-c", "kill -STOP $PPID"], timeout=0.1)
+    await gone(small.id)
+
+
 async def test_a_container_that_is_removed_in_the_middle_of_a_call(engine: Any, small: Sandbox) -> None:
     """By somebody else, with the engine's own means."""
     async with anyio.create_task_group() as group:
@@ -206,64 +224,72 @@ async def test_an_image_whose_python_is_none(engine: Any, host: DockerHost, busy
 # --- an engine that goes away ---------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def cuttable(folder: Path) -> AsyncGenerator[tuple[str, Callable[[], Awaitable[None]]]]:
+class Line:
     """The engine behind a socket that can be closed, with all its connections: as if the engine had died."""
-    path = folder / "engine.sock"
-    scope = anyio.CancelScope()
 
-    async def serve(client: ByteStream) -> None:
+    def __init__(self, path: Path, group: TaskGroup) -> None:
+        self.path = path
+        self._group = group
+        self._scope = anyio.CancelScope()
+
+    async def mend(self) -> None:
+        """Let the engine be there (again)."""
+        self._scope = anyio.CancelScope()
+        await self._group.start(self._listen)
+
+    def cut(self) -> None:
+        """Let it be gone."""
+        self._scope.cancel()
+        self.path.unlink()
+
+    async def _listen(self, *, task_status: TaskStatus[None]) -> None:
+        with self._scope:
+            async with await anyio.create_unix_listener(self.path) as listener:
+                task_status.started()
+                await listener.serve(self._serve)
+
+    async def _serve(self, client: ByteStream) -> None:
         async with client, await anyio.connect_unix("/var/run/docker.sock") as server:
             async with anyio.create_task_group() as both:
-                both.start_soon(pump, client, server)
-                await pump(server, client)
+                both.start_soon(self._pump, client, server)
+                await self._pump(server, client)
                 both.cancel_scope.cancel()
 
-    async def pump(source: ByteStream, sink: ByteStream) -> None:
+    async def _pump(self, source: ByteStream, sink: ByteStream) -> None:
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
             async for data in source:
                 await sink.send(data)
             await sink.send_eof()
 
-    async def listen() -> None:
-        with scope:
-            async with await anyio.create_unix_listener(path) as listener:
-                await listener.serve(serve)
-
-    async def cut() -> None:
-        scope.cancel()
-        path.unlink(missing_ok=True)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(listen)
-        with anyio.fail_after(PATIENCE):
-            while not path.exists():
-                await anyio.lowlevel.checkpoint()
-        yield f"unix://{path}", cut
-        await cut()
-
 
 async def test_an_engine_that_dies_in_the_middle(engine: Any, profile: SandboxProfile, tmp_path: Path) -> None:
-    """Calls that wait are told, so are those after them, and a new sandbox; the container ends by itself."""
-    async with cuttable(tmp_path) as (url, cut), DockerHost.open(url=url, labels=SESSION) as host:
-        sandbox = await host.create(profile, id=new_id(), linger=1)
-        async with anyio.create_task_group() as group:
+    """Calls that wait are told, so are those after them, and who wants a new sandbox; when the engine is back there is
+    one again. The container ends by itself."""
+    async with anyio.create_task_group() as group:
+        line = Line(tmp_path / "engine", group)
+        await line.mend()
+        async with DockerHost.open(url=f"unix://{line.path}", labels=SESSION) as host:
+            sandbox = await host.create(profile, id=new_id(), linger=1)
+            async with anyio.create_task_group() as calls:
 
-            async def told() -> None:
-                with pytest.raises(SandboxGone, match="engine"):
-                    await sandbox.exec(["sleep", "1000"])
+                async def told() -> None:
+                    with anyio.fail_after(PATIENCE), pytest.raises(SandboxGone, match="engine"):
+                        await sandbox.exec(["sleep", "1000"])
 
-            group.start_soon(told)
-            while (await sandbox.exec(["pgrep", "-x", "sleep"])).exit_code != 0:
-                await anyio.lowlevel.checkpoint()
-            with anyio.fail_after(PATIENCE):
-                await cut()
-        with pytest.raises(SandboxGone):
-            await sandbox.exec(["true"])
-        with pytest.raises(SandboxUnavailable):
-            await host.create(profile, id=new_id())
-        with pytest.raises(SandboxUnavailable):
-            await sandbox.aclose()
+                calls.start_soon(told)
+                while (await sandbox.exec(["pgrep", "-x", "sleep"])).exit_code != 0:
+                    await anyio.lowlevel.checkpoint()
+                line.cut()
+            with pytest.raises(SandboxGone):
+                await sandbox.exec(["true"])
+            for asked in (host.create(profile, id=new_id()), host.attach(profile, sandbox.id), sandbox.aclose()):
+                with pytest.raises(SandboxUnavailable, match="make engine"):
+                    await asked
+            await line.mend()
+            again = await host.create(profile, id=new_id())
+            assert (await again.exec(["true"])).exit_code == 0
+            await again.aclose()
+        group.cancel_scope.cancel()
     await gone(sandbox.id)
 
 
@@ -351,3 +377,15 @@ async def test_sandboxes_of_tasks_that_are_cancelled_leave_nothing(
     after = resources()
     assert after[0] <= before[0] + 2, f"descriptors: {before[0]}, then {after[0]}"
     assert after[1] <= before[1] + THREADS, f"threads: {before[1]}, then {after[1]}"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.02, 0.05, 0.1])
+async def test_a_task_that_is_torn_away_leaves_nothing(host: DockerHost, profile: SandboxProfile, delay: float) -> None:
+    """asyncio's own cancellation minds no shield."""
+    id = new_id()
+    task = asyncio.create_task(host.create(profile, id=id, linger=5))
+    await asyncio.sleep(delay)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await (await task).aclose()
+    await gone(id)
