@@ -140,13 +140,15 @@ def call_tool(id: Any, params: dict[str, Any]) -> dict[str, Any] | None:
         token = params["_meta"]["progressToken"]
         told = {"progressToken": token, "progress": 1, "total": 2, "message": "half"}
         send({"method": "notifications/progress", "params": told})
-        return text("done")
+        held.append(id)
+        return None
     if name == "environment":
         return text(json.dumps(dict(os.environ)))
     return text(f"{name} was called")
 
 
 subscription: list[Any] = []
+held: list[Any] = []
 
 
 def answer(message: dict[str, Any]) -> None:
@@ -171,6 +173,8 @@ def answer(message: dict[str, Any]) -> None:
         return
     if result is not None:
         send({"id": id, "result": result})
+        while held:
+            send({"id": held.pop(), "result": text("done")})
 
 
 def main() -> None:

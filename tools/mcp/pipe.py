@@ -47,6 +47,10 @@ PROCESS_SECONDS: Final = 24 * 3600.0
 _INHERITED: Final = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER")
 
 
+class _Breach(Exception):
+    """The server does not keep to the protocol, or to the bounds."""
+
+
 class Pipe(ABC):
     """A process that is spoken to over its standard input and output."""
 
@@ -184,14 +188,23 @@ class SandboxPipe(Pipe):
         return cls(process)
 
     async def output(self) -> AsyncGenerator[bytes]:
+        """What it writes. A sandbox keeps a bounded part of that for a slow reader, and a message with a hole in it may
+        look like another one."""
+        read, pieces = 0, self._process.output()
         try:
-            async for piece in self._process.output():
+            async for piece in pieces:
                 if piece.stream == "stdout":
+                    if piece.offset != read:
+                        raise _Breach("it wrote more at once than its sandbox keeps for a reader: some of it was lost")
+                    read += len(piece.data)
                     yield piece.data
                 elif piece.stream == "stderr":
                     self.keep(piece.data)
         except SandboxError as error:
             self._ended = str(error)
+        finally:
+            if isinstance(pieces, AsyncGenerator):
+                await pieces.aclose()
 
     async def watch(self) -> None:
         """Both streams come by one way."""
@@ -235,10 +248,6 @@ class Life:
         return f"{self.complaint or ended or reason or 'its connection was closed'}{said}"
 
 
-class _Breach(Exception):
-    """The server does not keep to the protocol, or to the bounds."""
-
-
 @asynccontextmanager
 async def spoken(pipe: Pipe, life: Life) -> AsyncGenerator[Any]:
     """The pipe as a transport of the SDK; at the end the process is ended, in bounded time."""
@@ -278,8 +287,9 @@ async def _read(pipe: Pipe, life: Life, told: MemoryObjectSendStream[SessionMess
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass  # the session has ended
         life.ended.set()
-        async for _ in output:
-            pass
+        with suppress(_Breach):
+            async for _ in output:
+                pass
 
 
 async def _lines(output: AsyncIterator[bytes]) -> AsyncGenerator[SessionMessage]:
