@@ -206,6 +206,19 @@ def test_a_command_that_flows_waits_for_its_reader_and_loses_nothing(box: Inside
     assert host.ask("collect", id="a").out == b"1\n2\n3" + b"0000\n"
 
 
+def test_a_command_goes_on_when_its_reader_has_left(box: Inside) -> None:
+    host = box.host
+    host.takes = False
+    host.start("seq 1 300000; echo done > done", id="a", flow=True)
+    n = host.begin("follow", id="a")
+    host.until(lambda: len(host.written(n)) == WINDOW)
+    assert host.ask("unwatch", of=n)["ok"]
+    assert host.wait(n)["ok"]
+    while host.ask("attach").json() != {"a": "done"}:
+        pass
+    assert (box.workspace / "done").exists()
+
+
 def test_other_commands_do_not_wait_for_their_readers(box: Inside) -> None:
     host = box.host
     host.takes = False
