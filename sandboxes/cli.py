@@ -109,14 +109,11 @@ def prune_command(options: Options, everything: bool, yes: bool) -> int:
     goes on with them. With --all they go too, and what is in them is lost.
     """
 
-    async def body(host: DockerHost) -> tuple[list[Lodger], list[tuple[Lodger, str]]]:
-        seen = await _lodgers(options, host)
-        doomed = [lodger for lodger in seen if everything or lodger.claim == "ownerless"]
-        if everything and not yes and doomed:
-            click.confirm(_warning(doomed), abort=True, err=True)
-        return doomed, await _remove(options, host, doomed)
-
-    doomed, failed = _on_docker(body)
+    seen = _on_docker(lambda host: _lodgers(options, host))
+    doomed = [lodger for lodger in seen if everything or lodger.claim == "ownerless"]
+    if everything and not yes and doomed:
+        click.confirm(_warning(doomed), abort=True, err=True)
+    failed = _on_docker(lambda host: _remove(options, host, doomed)) if doomed else []
     if options.json:
         lost = {lodger.id: why for lodger, why in failed}
         put({"removed": [each.id for each in doomed if each.id not in lost], "failed": lost})

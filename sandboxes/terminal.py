@@ -158,7 +158,7 @@ def _raw(terminal: bool) -> Generator[None]:
     import tty
 
     before = termios.tcgetattr(sys.stdin.fileno())
-    tty.setraw(sys.stdin.fileno())
+    tty.setraw(sys.stdin.fileno(), termios.TCSADRAIN)  # what was typed ahead is kept
     try:
         yield
     finally:
