@@ -149,7 +149,7 @@ async def test_a_connection_that_is_killed_from_inside(host: DockerHost, small: 
 
 async def test_a_supervisor_that_is_stopped_from_inside(small: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not answer any more, so the sandbox is removed; nobody waits longer than the deadline and its margin."""
-    monkeypatch.setattr("ridethrough.sandboxes.attached.MARGIN", 1.0)
+    monkeypatch.setattr("ridethrough.sandboxes.command.MARGIN", 1.0)
     with anyio.fail_after(PATIENCE), pytest.raises(SandboxTimeout, match="is gone"):
         await small.exec(["sh", "-c", "kill -STOP $PPID"], timeout=0.1)
     await gone(small.id)
