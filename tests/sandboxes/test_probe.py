@@ -20,7 +20,7 @@ from ridethrough.sandboxes import docker
 from ridethrough.sandboxes.container import container_spec
 from ridethrough.sandboxes.docker import DockerHost
 from ridethrough.sandboxes.engine import Engine
-from ridethrough.sandboxes.probe import GVISOR, LIMITS, SEE, WALLS, Proof, prove, read_walls, runtime_for
+from ridethrough.sandboxes.probe import GVISOR, LIMITS, SEE, WALLS, Proof, prove, quick, read_walls, runtime_for
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import ExecResult, Host, Sandbox
 
@@ -59,6 +59,19 @@ async def test_a_sandbox_holds(host: DockerHost) -> None:
     assert proof.runtime == "runc"
     assert json.loads(json.dumps(proof.as_json()))["holds"] is True
     assert [found.id for found in await host.found() if found.labels.items() >= SESSION.items()] == []
+
+
+async def test_what_a_person_is_told_to_type_shows_something(host: DockerHost) -> None:
+    sandbox = await host.create(quick(SandboxProfile()), id=f"see-{secrets.token_hex(4)}")
+    try:
+        shown = {name: await sandbox.exec(["sh", "-c", SEE[name]], timeout=30) for name in (*WALLS, *LIMITS)}
+    finally:
+        await sandbox.aclose()
+    limits = {name: result.limit for name, result in shown.items() if result.limit is not None}
+    assert limits == {"memory": "memory", "pids": "pids", "disk /workspace": "disk", "disk /tmp": "disk"}
+    for name, result in shown.items():
+        assert result.stdout or result.stderr, name
+        assert "not found" not in result.stderr, name
 
 
 async def test_limits_that_are_not_enforced_are_seen(host: DockerHost, weaken: Weaken) -> None:
