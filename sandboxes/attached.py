@@ -270,13 +270,14 @@ class AttachedSandbox(Sandbox):
         *,
         timeout: float,
         stdin: bool = False,
+        flow: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         call_id: str | None = None,
     ) -> Process:
         """As ``Sandbox.start``."""
         command = self.command(
-            argv, timeout, env, cwd=cwd, call_id=call_id, stdin_open=stdin, background=True, limit=UNLIMITED
+            argv, timeout, env, cwd=cwd, call_id=call_id, stdin_open=stdin, background=True, limit=UNLIMITED, flow=flow
         )
         await self.begin(command)
         return RunningProcess(self, replace(command, own=False))

@@ -309,7 +309,9 @@ class Desktop:
         path = header.get("path")
         if not isinstance(path, str):
             raise self._nonsense()
-        process = await self.sandbox.start(["python3", "-I", "-c", _BRIDGE, path], timeout=lifetime, stdin=True)
+        process = await self.sandbox.start(
+            ["python3", "-I", "-c", _BRIDGE, path], timeout=lifetime, stdin=True, flow=True
+        )
         return ProcessStream(process)
 
     async def start_recording(self, *, rate: float = 5.0, most: int = RECORDING) -> None:

@@ -468,6 +468,7 @@ class PlainSandbox(Sandbox):
         *,
         timeout: float,
         stdin: bool = False,
+        flow: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         call_id: str | None = None,

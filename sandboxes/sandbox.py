@@ -268,11 +268,15 @@ class Sandbox(ABC):
         *,
         timeout: float,
         stdin: bool = False,
+        flow: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         call_id: str | None = None,
     ) -> Process:
         """Start a process in the background, for at most ``timeout`` seconds.
+
+        With ``flow`` it waits for whoever reads its output while somebody is attached, as a protocol needs it; without
+        it never waits, and a slow reader misses the middle.
 
         Raises:
             SandboxGone, SandboxError: as for ``exec``.

@@ -77,7 +77,7 @@ def filter_json() -> str:
         # Its flags are in memory, where a filter cannot look; the C library then takes clone.
         {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS},
     ]
-    architectures = [
+    architectures: list[dict[str, Any]] = [
         {"architecture": name, "subArchitectures": []} for name in ("SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64")
     ]
     return json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "archMap": architectures, "syscalls": rules})

@@ -147,6 +147,7 @@ class CallSandbox(Sandbox):
         *,
         timeout: float,
         stdin: bool = False,
+        flow: bool = False,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         call_id: str | None = None,
@@ -154,7 +155,7 @@ class CallSandbox(Sandbox):
         """As ``Sandbox.start``."""
         call_id = call_id or self._name(argv, stdin, env, cwd)
         sandbox = await self._sandbox()
-        return await sandbox.start(argv, timeout=timeout, stdin=stdin, env=env, cwd=cwd, call_id=call_id)
+        return await sandbox.start(argv, timeout=timeout, stdin=stdin, flow=flow, env=env, cwd=cwd, call_id=call_id)
 
     @asynccontextmanager
     async def _session(

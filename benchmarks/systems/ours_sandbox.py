@@ -11,7 +11,7 @@ import anyio
 from _measure import Meter, arguments, report, scaled
 from _sandbox import STARTS, TEN_MB, calls_case
 
-from ridethrough.sandboxes.desktop import Desktop
+from ridethrough.sandboxes.desktop import DESKTOP, desktop
 from ridethrough.sandboxes.docker import DockerHost
 from ridethrough.sandboxes.pool import Pool
 from ridethrough.sandboxes.profile import SandboxProfile
@@ -19,9 +19,6 @@ from ridethrough.sandboxes.sandbox import Sandbox
 from ridethrough.sandboxes.standalone import docker_sandbox
 
 PROFILE = SandboxProfile(cpus=2.0, runtime="runc", warm=2)
-DESKTOP = SandboxProfile(
-    name="desktop", image="ridethrough/desktop:latest", desktop=True, memory=2 * 2**30, cpus=2.0, pids=512
-)
 
 
 async def calls() -> None:
@@ -52,7 +49,7 @@ async def starts() -> None:
             first = await pool.acquire(PROFILE)
             for _ in range(STARTS):
                 with anyio.fail_after(30):
-                    while not pool.statistics().warm:
+                    while not pool.statistics().warm:  # noqa: ASYNC110 - filled in the background
                         await anyio.sleep(0.01)
                 begun = time.perf_counter()
                 sandbox = await pool.acquire(PROFILE)
@@ -100,7 +97,7 @@ async def screen() -> None:
 
 
 async def _screenshots(sandbox: Sandbox) -> None:
-    async with Desktop.open(sandbox) as screen:
+    async with desktop(sandbox) as screen:
         await sandbox.write("page.html", "<h1>Hello</h1>" + "<p>words and words</p>" * 100)
         await screen.open("file:///workspace/page.html")
         took, sizes = [], []

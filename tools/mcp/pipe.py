@@ -182,7 +182,7 @@ class SandboxPipe(Pipe):
             ToolFailed: it cannot be started.
         """
         try:
-            process = await sandbox.start(command, timeout=PROCESS_SECONDS, stdin=True, env=env, cwd=cwd)
+            process = await sandbox.start(command, timeout=PROCESS_SECONDS, stdin=True, flow=True, env=env, cwd=cwd)
         except SandboxError as error:
             raise ToolFailed(f"{command[0]!r} cannot be started in the sandbox: {error}") from error
         return cls(process)
