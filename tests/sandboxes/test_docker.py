@@ -265,11 +265,12 @@ class Line:
 async def test_an_engine_that_dies_in_the_middle(engine: Any, profile: SandboxProfile, tmp_path: Path) -> None:
     """Calls that wait are told, so are those after them, and who wants a new sandbox; when the engine is back there is
     one again. The container ends by itself."""
+    id = new_id()
     async with anyio.create_task_group() as group:
         line = Line(tmp_path / "engine", group)
         await line.mend()
         async with DockerHost.open(url=f"unix://{line.path}", labels=SESSION) as host:
-            sandbox = await host.create(profile, id=new_id(), linger=1)
+            sandbox = await host.create(profile, id=id, linger=1)
             async with anyio.create_task_group() as calls:
 
                 async def told() -> None:
@@ -282,7 +283,7 @@ async def test_an_engine_that_dies_in_the_middle(engine: Any, profile: SandboxPr
                 line.cut()
             with pytest.raises(SandboxGone):
                 await sandbox.exec(["true"])
-            for asked in (host.create(profile, id=new_id()), host.attach(profile, sandbox.id), sandbox.aclose()):
+            for asked in (host.create(profile, id=new_id()), host.attach(profile, id), sandbox.aclose()):
                 with pytest.raises(SandboxUnavailable, match="make engine"):
                     await asked
             await line.mend()
@@ -290,7 +291,7 @@ async def test_an_engine_that_dies_in_the_middle(engine: Any, profile: SandboxPr
             assert (await again.exec(["true"])).exit_code == 0
             await again.aclose()
         group.cancel_scope.cancel()
-    await gone(sandbox.id)
+    await gone(id)
 
 
 async def gone(id: str) -> None:
