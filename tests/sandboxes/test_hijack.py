@@ -83,8 +83,9 @@ async def test_what_comes_with_the_head_is_kept(tmp_path: Path) -> None:
         await client.send(framed(STDERR, b"e" * 10_000 + b"end") + framed(STDOUT, b"second"))
 
     async with answering(tmp_path, answer) as address, await hijack(address, "/x", {}) as stream:
-        assert await stream.receive(3) == b"fir"
-        assert b"".join([data async for data in stream]) == b"stsecond"
+        first = await stream.receive(3)
+        assert len(first) <= 3
+        assert first + b"".join([data async for data in stream]) == b"firstsecond"
         assert len(stream.stderr) == 4096
         assert stream.stderr.endswith(b"end")
 
