@@ -100,6 +100,7 @@ class Lodging(Companion):
         self._stop = anyio.Event()
         self._audit: list[Decision] = []
         self._audited = anyio.Lock()
+        self._warned: set[str] = set()
 
     # --- profiles ---------------------------------------------------------------------------------------------------
 
@@ -397,6 +398,8 @@ class Lodging(Companion):
                 if sandbox is not None:
                     await self._discard(sandbox, "its call has ended")
             self._berths.pop((run_id, berth.key), None)
+        except SandboxGone:
+            return  # with all that it kept: the run has ended meanwhile
         except Error as error:
             log.warning("sandbox of run %s: %s", run_id, error)
 
@@ -454,10 +457,16 @@ class Lodging(Companion):
             try:
                 host = _there((await self._quarter(kind)).host)
             except SandboxUnavailable as error:
-                log.warning("sandboxes on record cannot be looked after: %s", error)
+                self._warn_once(f"sandboxes on record cannot be looked after: {error}")
                 continue
-            count += await self._reap_host(host)
+            count += await self._reap_host(host) + await self._reap_strays(host)
         return count
+
+    def _warn_once(self, text: str) -> None:
+        """An engine that is down is down in every round."""
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning("%s", text)
 
     async def _renew(self) -> None:
         held = [berth.sandbox.id for berth in self._berths.values() if berth.sandbox is not None]
@@ -485,6 +494,17 @@ class Lodging(Companion):
             if row.id not in mine:
                 count += await self._reap_one(host, row)
         return count
+
+    async def _reap_strays(self, host: Host) -> int:
+        """Remove what carries this database's mark and is not in it: its row went with a database that was put back."""
+        store, mark = self.worker.store, self._store_id()
+        found = [each for each in await host.found() if each.labels.get(STORE_LABEL) == mark]
+        rows = await store.read(store.sandboxes)  # after the look at the host: a row is there before its sandbox
+        known = {row.id for row in rows}
+        strays = [each.id for each in found if each.id not in known]
+        for sandbox_id in strays:
+            await host.remove(sandbox_id)
+        return len(strays)
 
     async def _reap_one(self, host: Host, row: StoredRow) -> int:
         """Remove one; the workspace of a run that may go on is archived first."""

@@ -349,6 +349,19 @@ async def test_a_sandbox_on_record_that_was_never_made_is_forgotten(tmp_path: Pa
         assert "ghost" not in {row.id for row in left}
 
 
+async def test_a_sandbox_whose_row_is_gone_is_removed(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (runtime, run_id):
+        keeper, [row] = await lodging(runtime), await rows(runtime, run_id)
+
+        def lose(connection: Connection) -> None:
+            connection.exec_driver_sql("DELETE FROM sandboxes WHERE id = ?", (row.id,))
+
+        await runtime.worker.journal.do(lose)
+        assert await keeper.reap_once() == 1
+        assert await keeper.reap_once() == 0
+        assert "after" in await _ring(runtime, run_id)
+
+
 # --- crashes --------------------------------------------------------------------------------------------------------
 
 
