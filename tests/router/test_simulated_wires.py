@@ -9,8 +9,22 @@ import httpx2
 import jsonschema
 import pytest
 from tests.router.asking import WIRES, Asker, Said, body_of, path_of, read_whole
+from tests.router.kits import LOOK
+from tests.router.kits import WIRES as KITS
 
 from ridethrough.runtime.config import WireName
+from ridethrough.runtime.router.messages import (
+    IMAGE_TOKENS,
+    AssistantMessage,
+    Content,
+    ImagePart,
+    Message,
+    ModelRequest,
+    TextPart,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+)
 from ridethrough.runtime.router.providers.simulated import Answer, Call, Script, SimRequest, SimulatedProvider
 from ridethrough.runtime.router.providers.structured import in_words
 
@@ -132,6 +146,76 @@ FINISHES: dict[WireName, dict[str, str]] = {
     "anthropic": {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "odd": "odd"},
     "gemini": {"stop": "STOP", "length": "MAX_TOKENS", "content_filter": "SAFETY", "odd": "ODD"},
 }
+
+
+SCREEN = ImagePart(data="aGkh" * 20_000, media_type="image/jpeg")
+
+
+def seen(*more: Message, images: bool = True, failed: bool = False) -> ModelRequest:
+    """Two looks: the first shows two pictures, the second one, which is all that it says."""
+    calls = (ToolCall(id="c1", name="look"), ToolCall(id="c2", name="look"))
+    first: Content = (TextPart(text="kept"), SCREEN, SCREEN) if images else "kept"
+    second: Content = (SCREEN,) if images else ""
+    talk: list[Message] = [
+        UserMessage(content="look here and there"),
+        AssistantMessage(tool_calls=calls),
+        ToolMessage(content=first, tool_call_id="c1", name="look", is_error=failed),
+        ToolMessage(content=second, tool_call_id="c2", name="look"),
+    ]
+    return ModelRequest([*talk, *more], tools=[LOOK])
+
+
+async def asked(*requests: ModelRequest) -> list[list[SimRequest]]:
+    """What the rules see of requests that the router's own wires write: of each, over each wire."""
+    noted: list[SimRequest] = []
+    script = Script()
+
+    @script.on()
+    def note(request: SimRequest) -> str:
+        noted.append(request)
+        return "noted"
+
+    assert callable(note)
+    models: list[tuple[WireName, str]] = [*((name, KITS[name].model) for name in WIRES), ("gemini", "gemini-2.5-flash")]
+    async with SimulatedProvider(script) as sim, httpx2.AsyncClient() as client:
+        for request in requests:
+            for name, model in models:
+                body = KITS[name].open("p").render(request, model, stream=False).body
+                url = f"http://127.0.0.1:{sim.port}{path_of(name, model=model)}"
+                assert (await client.post(url, content=body)).status_code == 200
+    return [noted[at : at + len(models)] for at in range(0, len(noted), len(models))]
+
+
+def pictures_in(messages: list[dict[str, Any]]) -> list[int]:
+    """How many pictures each tool's result has."""
+    results = [str(message["content"]) for message in messages if message["role"] == "tool"]
+    return [text.count(str(SCREEN.data)) for text in results]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+async def test_the_images_of_tools_are_in_their_results_whatever_the_wire(failed: bool) -> None:
+    [with_images] = await asked(seen(failed=failed))
+    first = "Error:kept" if failed else "kept"
+    facts = [
+        (["".join(text.split()) for text in r.results], r.result, r.last_role, r.user, r.turns) for r in with_images
+    ]
+    assert facts == [([first, ""], "", "tool", "look here and there", 1)] * 5
+    assert [sum(pictures_in(r.messages)) for r in with_images] == [3] * 5
+    if not failed:  # Anthropic's wire does not say from which failed call a picture is
+        assert [pictures_in(r.messages) for r in with_images] == [[2, 1]] * 5
+        assert len({request.digest for request in with_images}) == 1
+
+
+async def test_what_a_person_shows_after_a_result_is_theirs() -> None:
+    [found] = await asked(seen(UserMessage(content=(TextPart(text="And this?"), SCREEN)), images=False))
+    assert [(request.user, request.last_role) for request in found] == [("And this?", "user")] * 5
+
+
+async def test_an_image_counts_as_the_router_counts_it() -> None:
+    plain, with_images = await asked(seen(images=False), seen())
+    for before, after in zip(plain, with_images, strict=True):
+        more = after.conversation.tokens - before.conversation.tokens
+        assert abs(more - 3 * IMAGE_TOKENS) < 100
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,12 @@ from typing import Any
 
 from ridethrough.runtime.config import WireName
 from ridethrough.runtime.router.providers.simulated import openai
-from ridethrough.runtime.router.providers.simulated.conversation import Conversation, Malformed, mappings
+from ridethrough.runtime.router.providers.simulated.conversation import (
+    Conversation,
+    Malformed,
+    illustrated,
+    mappings,
+)
 from ridethrough.runtime.router.providers.simulated.draft import (
     CREATED,
     Draft,
@@ -32,7 +37,7 @@ class Chat:
         wanted = body.get("response_format") or {}
         return Conversation(
             model=str(body.get("model", "")),
-            messages=[dict(message) for message in messages],
+            messages=illustrated(dict(message) for message in messages),
             tools=[dict(tool) for tool in mappings(body.get("tools") or [], "tools") if "function" in tool],
             schema=(wanted.get("json_schema") or {}).get("schema"),
             choice=_choice(body.get("tool_choice")),

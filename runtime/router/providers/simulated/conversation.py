@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal
 
-from ridethrough.runtime.router.messages import estimate_tokens
+from ridethrough.runtime.router.messages import IMAGE_TOKENS, estimate_tokens
 
 SYSTEM = ("system", "developer")
 
@@ -78,8 +79,11 @@ class Conversation:
 
     @cached_property
     def tokens(self) -> int:
-        """An estimate of the input tokens."""
-        return estimate_tokens(json.dumps([self.messages, self.tools or None], ensure_ascii=False))
+        """An estimate of the input tokens, made as the router makes its own: an image counts as a whole."""
+        images = sum(1 for _ in _images(self.messages))
+        bare = [_without_images(message) for message in self.messages] if images else self.messages
+        text = json.dumps([bare, self.tools or None], ensure_ascii=False)
+        return estimate_tokens(text) + images * IMAGE_TOKENS
 
     @cached_property
     def digest(self) -> str:
@@ -114,6 +118,19 @@ def offered(name: object, description: object, parameters: object) -> dict[str, 
 def shown(url: str) -> dict[str, Any]:
     """Return an image in the form of Chat Completions."""
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def illustrated(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put a tool's images into its result, from the user's message where wires have them whose results are text."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        images = _sent_apart(message) if found and found[-1].get("role") == "tool" else []
+        for call, image in images:
+            place = _place_of(call, found)
+            found[place] = _with_image(found[place], image)
+        if not images:
+            found.append(message)
+    return found
 
 
 def joined(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,6 +175,62 @@ def mappings(value: Any, where: str) -> list[Mapping[str, Any]]:
     return value
 
 
+# --- images ---------------------------------------------------------------------------------------------------------
+
+_TITLE = re.compile(r"(?:From|Images of) the result of .*\((?:call )?(?P<call>[^()]+)\):", re.DOTALL)
+"""What stands before a tool's images in a user's message."""
+
+_ANNOUNCED = re.compile(r"\n?\[(?:an image follows the tool results|its images follow)\]\Z")
+"""What stands in their place in the result."""
+
+
+def _images(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        if isinstance(content := message.get("content"), list):
+            yield from (str(part["image_url"].get("url")) for part in content if _is_image(part))
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("image_url"), Mapping)
+
+
+def _without_images(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [part for part in content if not _is_image(part)]}
+
+
+def _sent_apart(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return a tool's images, each with its call's id where that is told; none where somebody speaks."""
+    content = message.get("content")
+    if message.get("role") != "user" or not isinstance(content, list):
+        return []
+    call, found = "", list[tuple[str, Any]]()
+    for part in content:
+        if _is_image(part):
+            found.append((call, part))
+        elif title := _TITLE.fullmatch(text_of({"content": [part]})):
+            call = title["call"]
+        else:
+            return []
+    return found
+
+
+def _place_of(call: str, messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return where the result of a call is; the last one where it is not told."""
+    places = (at for at in reversed(range(len(messages))) if messages[at].get("tool_call_id") == call)
+    return next(places, len(messages) - 1)
+
+
+def _with_image(result: dict[str, Any], image: Any) -> dict[str, Any]:
+    content = result.get("content") or ""
+    if isinstance(content, str):
+        text = _ANNOUNCED.sub("", content)
+        content = [{"type": "text", "text": text}] if text else []
+    return {**result, "content": [*content, image]}
+
+
 # --- what makes conversations equal ---------------------------------------------------------------------------------
 
 
@@ -169,19 +242,13 @@ def _essence(messages: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     for role, run in groupby(spoken, key=lambda message: message.get("role")):
         group = list(run)
         if role == "tool":
-            yield [_squeezed([message]) for message in group]
+            yield [said for message in group for said in (_squeezed([message]), *_images([message]))]
         else:
             yield [role, _squeezed(group), [*_images(group)], [*_calls(group)]]
 
 
 def _squeezed(messages: Iterable[Mapping[str, Any]]) -> str:
     return "".join("".join((text_of(each) + str(each.get("refusal") or "")).split()) for each in messages)
-
-
-def _images(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    for message in messages:
-        if isinstance(content := message.get("content"), list):
-            yield from (str(part["image_url"].get("url")) for part in content if "image_url" in part)
 
 
 def _calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[list[Any]]:

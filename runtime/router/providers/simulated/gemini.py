@@ -13,6 +13,7 @@ from ridethrough.runtime.router.providers.simulated.conversation import (
     Malformed,
     called,
     failed,
+    illustrated,
     instructed,
     joined,
     mappings,
@@ -54,7 +55,7 @@ class Gemini:
         turns = [each for turn in mappings(body.get("contents"), "contents") for each in _messages(turn)]
         return Conversation(
             model=unquote(found[1]),
-            messages=[*_system(system), *joined(turns)],
+            messages=[*_system(system), *illustrated(joined(turns))],
             tools=list(_tools(body.get("tools") or [])),
             schema=_schema(settings),
             choice=_choice(body.get("toolConfig") or body.get("tool_config") or {}),
@@ -118,7 +119,7 @@ def _messages(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for part in parts:
         if response := _field(part, "functionResponse", "function_response"):
             given = str(response.get("id") or response.get("name") or "")
-            yield {"role": "tool", "tool_call_id": given, "content": _result(response.get("response"))}
+            yield {"role": "tool", "tool_call_id": given, "content": _result(response)}
     if rest := _content(parts):
         yield {"role": "user", "content": rest}
 
@@ -139,7 +140,12 @@ def _content(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _result(response: Any) -> str:
+def _result(answered: Mapping[str, Any]) -> Any:
+    text, images = _result_text(answered.get("response")), _content(answered.get("parts") or [])
+    return [{"type": "text", "text": text}, *images] if images else text
+
+
+def _result_text(response: Any) -> str:
     """Return a result's text: what is wrapped because the wire takes only objects there is unwrapped."""
     if not isinstance(response, Mapping) or len(response) != 1:
         return dump(response).decode()

@@ -13,6 +13,7 @@ from ridethrough.runtime.router.providers.simulated.conversation import (
     Malformed,
     called,
     failed,
+    illustrated,
     instructed,
     mappings,
     offered,
@@ -57,7 +58,7 @@ class Messages:
         wanted = (body.get("output_config") or {}).get("format") or body.get("output_format") or {}
         return Conversation(
             model=str(body.get("model", "")),
-            messages=[*system, *turns],
+            messages=[*system, *illustrated(turns)],
             tools=[
                 offered(tool.get("name"), tool.get("description"), tool.get("input_schema"))
                 for tool in mappings(body.get("tools") or [], "tools")
