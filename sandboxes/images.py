@@ -92,8 +92,9 @@ class Recipe:
         return f"ridethrough/{self.name}"
 
 
-# git needs perl and brings it. The recommended packages are left out everywhere.
-_PYTHON: Final = ("python3", "ca-certificates", "curl", "git", "procps", "ripgrep")
+# git needs perl and brings it. libnss-myhostname knows localhost where the engine gives a container no /etc/hosts. The
+# recommended packages are left out everywhere.
+_PYTHON: Final = ("python3", "ca-certificates", "curl", "git", "libnss-myhostname", "procps", "ripgrep")
 _DESKTOP: Final = (
     *("xvfb", "openbox", "x11vnc", "ffmpeg", "xdotool", "scrot"),
     *("chromium", "fonts-dejavu-core", "python3-pil", "python3-xlib"),

@@ -82,6 +82,18 @@ async def test_what_cannot_be_made_says_what_to_do(host: DockerHost, profile: Sa
             pass
 
 
+async def test_localhost_is_known_whatever_the_image(
+    host: DockerHost, profile: SandboxProfile, box: Sandbox, busybox: str
+) -> None:
+    own = await box.exec(["python3", "-c", "import socket; print(socket.gethostbyname('localhost'))"])
+    assert own.stdout.strip() == "127.0.0.1"
+    foreign = await host.create(replace(profile, image=busybox), id=new_id())
+    try:
+        assert "localhost" in (await foreign.exec(["sh", "-c", "cat /etc/hosts"])).stdout
+    finally:
+        await foreign.aclose()
+
+
 async def test_another_user_has_no_more_rights(box: Sandbox) -> None:
     result = await box.exec(["sh", "-c", "id -u; cat; echo $FROM_PROFILE >&2"], user="4321", stdin="in")
     assert (result.stdout, result.stderr) == ("4321\nin", "yes\n")
