@@ -13,8 +13,8 @@ from ridethrough.tools.call_sandbox import CallSandbox
 
 if TYPE_CHECKING:
     from ridethrough.sandboxes.sandbox import Sandbox
-    from ridethrough.tools.call import Request
     from ridethrough.tools.lodging import Lodging
+    from ridethrough.tools.tool import Tool
 
 FIRST_WAIT: Final = 2.0
 LONGEST_WAIT: Final = 60.0
@@ -24,13 +24,13 @@ LONGEST_WAIT: Final = 60.0
 class CallBerth:
     """The place of one call in a sandbox of its run."""
 
-    def __init__(self, branch: Branch, request: Request, outcome: Outcome) -> None:
-        """Nothing is started yet."""
-        tool = request.tool
+    def __init__(self, branch: Branch, tool: Tool[..., Any], path: str, call_id: str, outcome: Outcome) -> None:
+        """Nothing is started yet. ``path`` and ``call_id`` are the call's."""
         self.execution = branch.execution
         self.wanted = _wanted(tool.sandbox or branch.sandbox)
-        self.call = request.call_id if tool.sandbox_scope == "call" else ""
-        self.request = request
+        self.call = call_id if tool.sandbox_scope == "call" else ""
+        self.call_id = call_id
+        self.waiting = f"{path}/sandbox#1"
         self.outcome = outcome
         self._used: list[CallSandbox] = []
 
@@ -44,7 +44,7 @@ class CallBerth:
         Raises:
             SandboxGone: the run had one and it is lost.
         """
-        path, waited = f"{self.request.path}/sandbox#1", 0
+        path, waited = self.waiting, 0
         while True:
             try:
                 await (await self._lodging()).sandbox(self.execution.run_id, self.wanted, self.call)
@@ -76,14 +76,14 @@ class CallBerth:
             try:
                 return await (await self._lodging()).survives(self.execution.run_id, self.wanted, self.call)
             except (SandboxUnavailable, ConfigError) as error:
-                await self._wait(f"{self.request.path}/sandbox#1", error, 0)
+                await self._wait(self.waiting, error, 0)
 
     def sandbox(self, life: int, attempt: int) -> CallSandbox:
         """The sandbox as this attempt sees it: what a person lets start again gets new names, and so does a retry."""
         again, retry = "" if life == 1 else f"-again{life}", "" if attempt == 1 else f"-{attempt}"
         find = self._find()
         profile = self.wanted if isinstance(self.wanted, SandboxProfile) else SandboxProfile(name=self.wanted)
-        prefix = f"{self.request.call_id}{again}{retry}"
+        prefix = f"{self.call_id}{again}{retry}"
         made = CallSandbox(profile, find, prefix, self._stays, self._on_gone)
         self._used.append(made)
         return made

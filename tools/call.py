@@ -238,7 +238,10 @@ class _Call:
         self.failure: str | None = None
         self.attempt = 1
         confined = self.tool.sandbox is not None or self.tool.confined
-        self.berth = CallBerth(branch, request, self.outcome) if confined else None
+        self.berth = self._berth() if confined else None
+
+    def _berth(self) -> CallBerth:
+        return CallBerth(self.branch, self.tool, self.request.path, self.request.call_id, self.outcome)
 
     async def perform(self) -> ToolResult:
         result, failure = await self._result()
@@ -393,7 +396,7 @@ class _Call:
             raise ToolFailed(f"{self.tool.name} tried to end its task or the process ({error!r}).") from error
 
     def _context(self, attempt: int) -> ToolContext[Any]:
-        berth = self.berth or CallBerth(self.branch, self.request, self.outcome)
+        berth = self.berth or self._berth()
         return ToolContext(
             sandbox=berth.sandbox(self.attempt, attempt),
             run_id=self.request.run_id,

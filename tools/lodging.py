@@ -387,21 +387,24 @@ class Lodging(Companion):
     async def settled(self, run_id: str, wanted: str | SandboxProfile, call: str, names: Sequence[str]) -> None:
         """What these calls gave is on disk: the sandbox may forget it. One that served a single call is removed."""
         berth = self._berths.get((run_id, _key(self.profile(wanted), call)))
-        if berth is None or berth.sandbox is None:
+        if berth is None:
             return
         try:
-            if not call:
+            if call:
+                await self._serve_no_more(berth)
+            elif berth.sandbox is not None:
                 await berth.sandbox.forget(names)
-                return
-            async with berth.lock:
-                sandbox, berth.sandbox = berth.sandbox, None
-                if sandbox is not None:
-                    await self._discard(sandbox, "its call has ended")
-            self._berths.pop((run_id, berth.key), None)
         except SandboxGone:
             return  # with all that it kept: the run has ended meanwhile
         except Error as error:
             log.warning("sandbox of run %s: %s", run_id, error)
+
+    async def _serve_no_more(self, berth: Berth) -> None:
+        async with berth.lock:
+            sandbox, berth.sandbox = berth.sandbox, None
+            if sandbox is not None:
+                await self._discard(sandbox, "its call has ended")
+        self._berths.pop((berth.run_id, berth.key), None)
 
     async def lose(self, run_id: str, wanted: str | SandboxProfile, call: str) -> None:
         """Remove a sandbox behind the back of those who use it: for drills."""
