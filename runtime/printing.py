@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,50 @@ def plain(text: str, *, lines: bool = False) -> str:
 
 
 def shortened(value: Any, limit: int) -> str:
-    """A value in one line of at most ``limit`` characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value in one line of at most ``limit`` characters, without the data of its images."""
+    text = _DATA.sub(r'\1"…"', value) if isinstance(value, str) else _dumped(value)
     text = plain(text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+_DATA = re.compile(r'("data": ?)"[\w+/=-]{64,}["…]')
+"""Bytes in the beginning of some JSON, which may break off within them."""
+
+
+def pictured(value: Any) -> Any:
+    """A value of JSON with a few words in the place of each image: ``[image, image/jpeg, 43 kB]``."""
+    if isinstance(value, list):
+        return [pictured(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return _picture(value) or {name: pictured(each) for name, each in value.items()}
+
+
+def _picture(value: dict[str, Any]) -> str:
+    """What stands for an image; nothing for everything else."""
+    kind, data, url = value.get("media_type", "image/png"), value.get("data"), value.get("url")
+    if value.get("type") == "image" or (str(kind).startswith("image/") and value.keys() == {"data", "media_type"}):
+        if isinstance(data, str):
+            return f"[image, {kind}, {_size(data)}]"
+        if isinstance(url, str):
+            kind, found, data = url.removeprefix("data:").partition(";base64,")
+            return f"[image, {kind}, {_size(data)}]" if found else f"[image, {url}]"
+    return ""
+
+
+def _size(base64: str) -> str:
+    """The size of what ``base64`` holds."""
+    return f"{max(1, round(len(base64) * 3 / 4000))} kB"
+
+
+def _dumped(value: Any, indent: int | None = None) -> str:
+    told = pictured(value)
+    return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False, indent=indent)
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def seconds(value: float) -> str:
@@ -339,7 +380,7 @@ def _attempt_row(attempt: AttemptView) -> tuple[str, ...]:
 
 
 def _block(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
+    text = value if isinstance(value, str) else _dumped(value, indent=2)
     text = text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters; show --json has all)"
     return "\n".join(f"  {line}" for line in plain(text, lines=True).split("\n"))
 
@@ -369,16 +410,19 @@ def _content(output: Any) -> str:
         for key in ("message", "response"):
             if isinstance(output.get(key), dict):
                 return _content(output[key])
-        content = output.get("content", output.get("text"))
-        calls = output.get("tool_calls") or ()
-        asked = [
-            f"-> {call.get('name')}({shortened(call.get('arguments'), 200)})"
-            for call in calls
-            if isinstance(call, dict)
-        ]
-        text = (
-            content if isinstance(content, str) else "" if content is None else json.dumps(content, ensure_ascii=False)
-        )
-        if text or asked:
-            return "\n".join([*([text] if text else []), *asked])
-    return json.dumps(output, ensure_ascii=False)
+        told = [*_parts(output.get("content", output.get("text"))), *_parts(output.get("images")), *_wishes(output)]
+        if told:
+            return "\n".join(told)
+    return _dumped(output)
+
+
+def _parts(content: Any) -> Iterator[str]:
+    """Text, and what stands for images."""
+    for part in content if isinstance(content, list) else [content] if content else ():
+        yield str(part["text"]) if isinstance(part, dict) and part.get("type") == "text" else _dumped(part)
+
+
+def _wishes(message: dict[str, Any]) -> Iterator[str]:
+    for call in message.get("tool_calls") or ():
+        if isinstance(call, dict):
+            yield f"-> {call.get('name')}({shortened(call.get('arguments'), 200)})"

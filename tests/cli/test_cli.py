@@ -25,7 +25,9 @@ DEADLINE = 40.0
 APP = '''
 import asyncio, os, time
 from pathlib import Path
-from ridethrough import Agent, ask, gather, sleep, step, tool, wait_for, workflow
+from ridethrough import Agent, ModelRequest, ModelResponse, ask, gather, sleep, step, tool, wait_for, workflow
+from ridethrough.runtime.router.messages import ImagePart
+from ridethrough.tools.output import Image
 
 def note(line):
     fd = os.open("ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -106,6 +108,25 @@ async def send(to: str) -> str:
     """
     note(f"sent to {to}")
     return "sent"
+
+@tool(effect="read")
+async def look() -> list[str | Image]:
+    """Look at the harbour."""
+    return ["a boat", Image(data=b"\\xff\\xd8\\xff" + 43_000 * b"x"), Image(data=2000 * b"x", media_type="image/png")]
+
+@step
+async def draw() -> Image:
+    return Image(data=5000 * b"x")
+
+async def eyes(request: ModelRequest) -> ModelResponse | str:
+    if any(message.role == "tool" for message in request.messages):
+        return "Seen."
+    return ModelResponse.model_validate({"message": {"tool_calls": [{"id": "1", "name": "look", "arguments": {}}]}})
+
+@workflow
+async def looks() -> Image:
+    await Agent("watch", model=eyes, tools=[look]).run([ImagePart(data=800 * "eHh4")])
+    return await draw()
 
 mailer = Agent("mailer", model="smart", instructions="You send mail.", tools=[send])
 
@@ -485,6 +506,20 @@ def test_show_and_runs_for_people(project: Project) -> None:
     assert project("runs", "--status", "done")[0] == ""
     _, err = project("show", "nobody", status=2)
     assert "There is no run 'nobody'" in err
+
+
+def test_images_are_told_in_words_to_people_and_whole_to_programs(project: Project) -> None:
+    project("run", "app.py:looks", "--id", "looks")
+    page, _ = project("show", "looks", "--steps", "--messages")
+    assert "eHh4" not in page
+    assert "    out  [image, image/jpeg, 5 kB]" in page
+    assert "tool look [watch#1/look#1]\n  a boat\n  [image, image/jpeg, 43 kB]\n  [image, image/png, 2 kB]\n" in page
+    assert "result\n  [image, image/jpeg, 5 kB]" in page
+    seen = next(step["output"] for step in project.json("show", "looks")["steps"] if step["name"] == "look")
+    assert seen["content"] == "a boat"
+    assert [(image["type"], image["media_type"], len(image["data"])) for image in seen["images"]] == [
+        ("image", "image/jpeg", 57340), ("image", "image/png", 2668),
+    ]  # fmt: skip
 
 
 def test_events_late_and_from_a_position(project: Project) -> None:
