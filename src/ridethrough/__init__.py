@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from ridethrough.sandboxes.standalone import local_sandbox as local_sandbox
     from ridethrough.tools.catalogue import ToolSearch as ToolSearch
     from ridethrough.tools.context import ToolContext as ToolContext
+    from ridethrough.tools.output import Image as Image
     from ridethrough.tools.tool import Tool as Tool
     from ridethrough.tools.tool import ToolCall as ToolCall
     from ridethrough.tools.tool import tool as tool
@@ -99,6 +100,7 @@ _MODULES = {
     "sandboxes.standalone": ("docker_sandbox", "local_sandbox"),
     "tools.catalogue": ("ToolSearch",),
     "tools.context": ("ToolContext",),
+    "tools.output": ("Image",),
     "tools.tool": ("Tool", "ToolCall", "tool"),
 }  # fmt: skip
 

@@ -25,9 +25,8 @@ DEADLINE = 40.0
 APP = '''
 import asyncio, os, time
 from pathlib import Path
-from ridethrough import Agent, ModelRequest, ModelResponse, ask, gather, sleep, step, tool, wait_for, workflow
+from ridethrough import Agent, Image, ModelRequest, ModelResponse, ask, gather, sleep, step, tool, wait_for, workflow
 from ridethrough.runtime.router.messages import ImagePart
-from ridethrough.tools.output import Image
 
 def note(line):
     fd = os.open("ledger", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -764,7 +763,7 @@ def test_simulate_prints_a_snippet_that_works(project: Project) -> None:
 
 
 def test_db_upgrade(project: Project) -> None:
-    assert "(new) -> 0002" in project("db", "upgrade")[0]
+    assert "(new) -> 0003" in project("db", "upgrade")[0]
     assert "nothing to do" in project("db", "upgrade")[0]
     project("run", "app.py:data", "--id", "one")
     connection = sqlite3.connect(project.folder / "ridethrough.db")

@@ -18,6 +18,7 @@ from ridethrough import (
     ExecResult,
     FakeClock,
     HandedOff,
+    Image,
     Limits,
     ModelDelta,
     ModelRequest,
@@ -347,7 +348,19 @@ async def through_context(ctx: ToolContext) -> str:
     return (await ctx.sandbox.exec(["true"])).stdout
 
 
-Agent("coder", model="smart", tools=[count_words, alone, through_context], sandbox="python", tool_search=ToolSearch())
+@tool(effect="read")
+async def chart() -> list[str | Image]:
+    """A picture, with words."""
+    return ["the bay", Image(data=b"", media_type="image/png")]
+
+
+Agent(
+    "coder",
+    model="smart",
+    tools=[count_words, alone, through_context, chart],
+    sandbox="python",
+    tool_search=ToolSearch(),
+)
 
 
 async def sandboxes() -> None:
