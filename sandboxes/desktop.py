@@ -28,7 +28,7 @@ import anyio
 from anyio.abc import ByteStream
 
 from ridethrough.runtime.errors import SandboxError, SandboxTimeout
-from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.sandboxes.profile import BUILT_IN
 
 if TYPE_CHECKING:
     from ridethrough.sandboxes.sandbox import ExecResult, Output, Process, Sandbox
@@ -36,16 +36,8 @@ if TYPE_CHECKING:
 Button = Literal["left", "middle", "right", "back", "forward"]
 Point = tuple[int, int]
 
-DESKTOP: Final = SandboxProfile(
-    name="desktop",
-    image="ridethrough/desktop:latest",
-    desktop=True,
-    memory=2 * 2**30,
-    cpus=2.0,
-    pids=512,
-    warm=0,
-)
-"""A profile with room for a browser: it has some 250 threads, and half a gigabyte with a page or two."""
+DESKTOP: Final = BUILT_IN["desktop"]
+"""The profile with a display and room for a browser."""
 
 CALL_ID: Final = "ridethrough-desktop"
 """The call that is the display, by its id in a sandbox; whoever starts it a second time gets the first."""

@@ -81,26 +81,17 @@ class SandboxProfile:
     def of(cls, name: str, config: SandboxConfig) -> SandboxProfile:
         """The profile that ``[sandboxes.NAME]`` describes; secrets in ``inject`` are still references.
 
+        What the table leaves out is as in the built-in profile of that name, where there is one.
+
         Raises:
             ConfigError: a size cannot be read.
         """
-        return cls(
-            name=name,
-            image=config.image,
-            memory=parse_size(config.memory),
-            cpus=config.cpus,
-            pids=config.pids,
-            disk=parse_size(config.disk),
-            network=() if config.network == "none" else tuple(config.network),
-            private_hosts=config.private_hosts,
-            inject=config.inject,
-            runtime=config.runtime,
-            env=config.env,
-            kind=config.kind,
-            desktop=config.desktop,
-            warm=config.warm,
-            snapshot_limit=parse_size(config.snapshot_limit),
-        )
+        given = {key: getattr(config, key) for key in config.model_fields_set}
+        for key in given.keys() & {"memory", "disk", "snapshot_limit"}:
+            given[key] = parse_size(given[key])
+        if "network" in given:
+            given["network"] = () if config.network == "none" else tuple(config.network)
+        return replace(BUILT_IN.get(name, cls(name=name)), **given)
 
     def less(self, **changes: Any) -> SandboxProfile:
         """The profile with lower limits.

@@ -21,7 +21,7 @@ import anyio
 
 from ridethrough.runtime.config import Config, load_config, nearest
 from ridethrough.runtime.errors import ConfigError
-from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.sandboxes.profile import BUILT_IN, SandboxProfile
 from ridethrough.sandboxes.sandbox import Host, RelayFor, Sandbox, Snapshot
 
 LINGER: Final = 15.0
@@ -127,13 +127,9 @@ def _named(name: str, config: Config) -> SandboxProfile:
     """
     if name in config.sandboxes:
         return SandboxProfile.of(name, config.sandboxes[name])
-    if name == "python":
-        return SandboxProfile()
-    if name == "desktop":
-        from ridethrough.sandboxes.desktop import DESKTOP
-
-        return DESKTOP
-    hint = nearest(name, {*config.sandboxes, "python", "desktop"})
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    hint = nearest(name, {*config.sandboxes, *BUILT_IN})
     raise ConfigError(f"there is no sandbox profile '{name}'{hint}. Describe it in [sandboxes.{name}]")
 
 

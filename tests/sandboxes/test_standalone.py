@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from ridethrough.runtime.config import parse_config
 from ridethrough.runtime.errors import ConfigError, SandboxGone
 from ridethrough.sandboxes.container import container_name
-from ridethrough.sandboxes.profile import SandboxProfile
+from ridethrough.sandboxes.profile import BUILT_IN, SandboxProfile
 from ridethrough.sandboxes.standalone import OWNER_LABEL, docker_sandbox, local_sandbox
 
 pytestmark = [pytest.mark.anyio, pytest.mark.processes]
@@ -78,6 +79,17 @@ async def test_profiles_are_those_of_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'grader'"):
         async with local_sandbox("gradr", config=file):
             pass
+
+
+async def test_a_table_changes_what_it_names_of_a_built_in_profile() -> None:
+    text = '[sandboxes.desktop]\nmemory = "4g"\nnetwork = ["example.com"]\n'
+    text += "[sandboxes.python]\n[sandboxes.big]\ncpus = 4.0\n"
+    found = {name: SandboxProfile.of(name, table) for name, table in parse_config(text).sandboxes.items()}
+    assert found == {
+        "desktop": replace(BUILT_IN["desktop"], memory=4 * 2**30, network=("example.com",)),
+        "python": SandboxProfile(),
+        "big": SandboxProfile(name="big", cpus=4.0),
+    }
 
 
 async def test_a_program_that_is_killed_leaves_nothing(engine: Any, python_image: str) -> None:
