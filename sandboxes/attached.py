@@ -223,6 +223,11 @@ class AttachedSandbox(Sandbox):
         self._closing = anyio.Lock()
         self._removed = self._let_go = False
 
+    @property
+    def ended(self) -> bool:
+        """As ``Sandbox.ended``."""
+        return self.channel.ended
+
     # --- commands ---------------------------------------------------------------------------------------------------
 
     async def exec(
