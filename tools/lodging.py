@@ -297,7 +297,8 @@ class Lodging(Companion):
                         before=lambda id, profile: self._register(host, id, profile),
                         after=lambda id: self._forget(id, "thrown away"),
                         labels={STORE_LABEL: self._store_id()},
-                        linger=self.config.sandbox_lease_seconds,
+                        # Longer than its lease: a worker that looks when that is over still finds the workspace.
+                        linger=self.config.sandbox_lease_seconds + 2 * self.config.reaper_seconds,
                     )
                 )
                 quarters.opened.set()
