@@ -8,8 +8,8 @@ generator that is being thrown away.
 
 What comes from inside is believed only as far as it is checked. A frame that breaks a rule (an unknown number, a wrong
 type, more than was asked for, more than a window) ends the channel, and with it every request that waits, with
-``SandboxGone`` and the reason. A supervisor that does not answer in time is stuck: ``on_stuck`` removes its sandbox.
-No wait is without a deadline; what is kept in memory for one request is bounded by its sink.
+``SandboxGone`` and the reason. ``on_stuck`` then removes its sandbox, as it does where a supervisor is stuck: one that
+does not answer in time. No wait is without a deadline; what is kept in memory for one request is bounded by its sink.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Channel:
         self._last = 0
         self._stray = 0
         self._reason: str | None = None
-        self._removing = False
+        self._broken = self._removing = False
         self._greeted = anyio.Event()
         self._closed = anyio.Event()
         self._group: TaskGroup | None = None
@@ -289,24 +289,26 @@ class Channel:
             self._group.cancel_scope.cancel()
 
     def breach(self, text: str) -> SandboxGone:
-        """End it because a rule was broken; the error is to be raised."""
+        """End it because a rule was broken, and have the sandbox removed; the error is to be raised."""
+        self._broken = self._broken or self._reason is None
         self.end(f"what runs in it broke the protocol: {text}. Nothing that it says can be trusted; make another one")
         return self._gone()
 
     async def stuck(self, op: str, seconds: float) -> SandboxGone:
         """End it because there was no answer to ``op``, and have the sandbox removed; the error is to be raised."""
         self.end(f"its supervisor did not answer {op!r} within {seconds:g} s, so it was removed")
-        if not self._removing:
-            self._removing = True
-            await self._remove()
+        await self._remove()
         return Stuck(self._gone().message)
 
     async def _remove(self) -> None:
+        if self._removing:
+            return
+        self._removing = True
         try:
             with anyio.move_on_after(REMOVE_SECONDS, shield=True):
                 await self._on_stuck()
         except Exception as error:
-            _log.error("sandbox %s is stuck and cannot be removed: %s", self.name, error)
+            _log.error("sandbox %s cannot be trusted any more, and cannot be removed: %s", self.name, error)
 
     async def aclose(self) -> None:
         """End it and wait until its tasks have."""
@@ -418,6 +420,8 @@ class Channel:
             with anyio.CancelScope(shield=True), suppress(Exception):
                 await anyio.aclose_forcefully(self._stream)
             self._closed.set()
+            if self._broken:
+                await self._remove()
 
     async def _write(self) -> None:
         try:

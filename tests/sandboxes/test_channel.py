@@ -329,12 +329,13 @@ async def test_a_breach_ends_the_channel_and_says_why(header: Header, body: byte
     ids=["header", "body", "both", "cut", "no text", "deep", "a large number", "NaN"],
 )
 async def test_lies_about_frames_end_the_channel(raw: bytes) -> None:
-    async with connected() as (channel, peer, _):
+    async with connected() as (channel, peer, hold):
         exchange = await channel.begin("ping")
         await peer.frame()
         await peer.stream.send(raw)
         with pytest.raises(SandboxGone, match="broke the protocol"):
             await exchange.reply()
+    assert hold.removed == 1  # or the next one would attach to it
 
 
 _PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
