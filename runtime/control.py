@@ -184,6 +184,13 @@ def _resume_children(store: Store, connection: Connection, run_id: str, now: flo
         _resume_children(store, connection, child.id, now)
 
 
+def is_over(status: str | None, error: str | None) -> bool:
+    """Whether a run (``None``: one that is gone) cannot go on any more: some failures can be mended and resumed."""
+    if status != "failed":
+        return status is None or status in FINAL
+    return (payload.error_summary(error)["type"] if error else "") not in REVIVABLE
+
+
 def _revive(store: Store, connection: Connection, row: StoredRow, now: float) -> None:
     kind = payload.error_summary(row.error)["type"] if row.error else ""
     if row.status != "failed" or kind not in REVIVABLE:

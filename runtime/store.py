@@ -28,6 +28,7 @@ from sqlalchemy import (
     insert,
     inspect,
     literal,
+    not_,
     or_,
     select,
     update,
@@ -650,10 +651,16 @@ class Store:
         """Put a sandbox on record, before it is created."""
         connection.execute(insert(SANDBOXES), dict(row))
 
-    def update_sandbox(self, connection: Connection, sandbox_id: str, **values: Any) -> bool:
-        """Change a sandbox's row; whether there is one."""
-        changed = connection.execute(update(SANDBOXES).where(SANDBOXES.c.id == sandbox_id).values(**values))
-        return bool(changed.rowcount)
+    def update_sandbox(self, connection: Connection, sandbox_id: str, generation: int, **values: Any) -> bool:
+        """Change a sandbox's row while it is of that generation; whether it was."""
+        held = and_(SANDBOXES.c.id == sandbox_id, SANDBOXES.c.generation == generation)
+        return bool(connection.execute(update(SANDBOXES).where(held).values(**values)).rowcount)
+
+    def claim_sandbox(self, connection: Connection, sandbox_id: str, generation: int, **values: Any) -> bool:
+        """Let a sandbox change hands, unless somebody was quicker: its generation is another one then."""
+        held = and_(SANDBOXES.c.id == sandbox_id, SANDBOXES.c.generation == generation)
+        statement = update(SANDBOXES).where(held).values(**values, generation=generation + 1)
+        return bool(connection.execute(statement).rowcount)
 
     def sandbox(self, connection: Connection, sandbox_id: str) -> StoredRow | None:
         """One sandbox."""
@@ -662,7 +669,7 @@ class Store:
     def sandboxes(self, connection: Connection, *, live: bool = True) -> Sequence[StoredRow]:
         """All sandboxes, oldest first; those that are gone too unless ``live``."""
         query = select(SANDBOXES).order_by(SANDBOXES.c.created_at)
-        return connection.execute(query.where(SANDBOXES.c.live.is_(True)) if live else query).all()
+        return connection.execute(query.where(SANDBOXES.c.live) if live else query).all()
 
     def sandbox_of(self, connection: Connection, run_id: str, key: str) -> StoredRow | None:
         """The newest sandbox of a run under ``key``, whatever has become of it."""
@@ -680,15 +687,15 @@ class Store:
         connection.execute(update(SANDBOXES).where(held).values(expires_at=expires_at))
 
     def ownerless_sandboxes(self, connection: Connection, host: str, now: float) -> Sequence[StoredRow]:
-        """What lives on ``host`` and nobody wants: its run has ended or is gone, or nobody renewed it in time.
+        """What lives on ``host`` and perhaps nobody wants: its run has ended or is gone, or nobody renewed it in time.
 
-        ``ended`` says which; what has only run out may be taken up again, so its workspace is worth an archive.
+        ``run_status`` and ``run_error`` are those of its run.
         """
         ended = and_(SANDBOXES.c.run_id.is_not(None), or_(RUNS.c.id.is_(None), RUNS.c.status.in_(FINAL)))
         query = (
-            select(SANDBOXES, ended.label("ended"))
+            select(SANDBOXES, RUNS.c.status.label("run_status"), RUNS.c.error.label("run_error"))
             .outerjoin(RUNS, RUNS.c.id == SANDBOXES.c.run_id)
-            .where(SANDBOXES.c.live.is_(True), SANDBOXES.c.host == host)
+            .where(SANDBOXES.c.live, SANDBOXES.c.host == host)
             .where(or_(ended, SANDBOXES.c.expires_at < now))
         )
         return connection.execute(query).all()
@@ -737,7 +744,7 @@ class Store:
         for table in (STEPS, INTENTS, WAITS, SIGNALS, EVENTS, ATTEMPTS, BUDGETS, EGRESS):
             connection.execute(delete(table).where(table.c.run_id.in_(run_ids)))
         # A sandbox that the host may still have stays on record: the reaper goes by it.
-        connection.execute(delete(SANDBOXES).where(SANDBOXES.c.run_id.in_(run_ids), SANDBOXES.c.live.is_(False)))
+        connection.execute(delete(SANDBOXES).where(SANDBOXES.c.run_id.in_(run_ids), not_(SANDBOXES.c.live)))
         connection.execute(delete(RUNS).where(RUNS.c.id.in_(run_ids)))
 
     def delete_router_rows(self, connection: Connection, before: float) -> None:

@@ -154,6 +154,8 @@ class IntentRow(SQLModel, table=True):
     name: str
     digest: str
     started_at: float
+    sandbox: str | None = None
+    """The sandbox in which it happens, if it does so entirely: that one knows what became of it."""
 
 
 class WaitRow(SQLModel, table=True):
@@ -355,7 +357,7 @@ class SandboxRow(SQLModel, table=True):
             sqlite_where=text("run_id IS NOT NULL"),
             postgresql_where=text("run_id IS NOT NULL"),
         ),
-        Index("ix_sandboxes_host", "host", sqlite_where=text("live"), postgresql_where=text("live")),
+        Index("ix_sandboxes_host", "host", sqlite_where=text("live = 1"), postgresql_where=text("live")),
     )
 
     id: str = Field(primary_key=True)
@@ -364,11 +366,16 @@ class SandboxRow(SQLModel, table=True):
     key: str = ""
     """Which of the run's sandboxes it is: the profile's name, and for one of a single call the call's id."""
     profile: str
+    spec: str | None = Field(default=None, sa_column=Column(Text))
+    """What it was made from, without what may be secret: JSON."""
     host: str
     """Where it lives: only a worker there can attach to it."""
     worker_id: str
     status: str
-    """``starting``, ``running``, ``paused``, ``archived`` (only the archive is left) or ``removed``."""
+    """``starting``, ``running``, ``freezing``, ``paused``, ``archiving``, ``archived`` (only the archive is left),
+    ``lost`` (and nobody has been told) or ``removed``."""
+    generation: int = 0
+    """Rises each time that it changes hands; who holds an old one writes nothing."""
     live: bool
     """Whether the host has, or may have, anything of it."""
     runtime: str = ""

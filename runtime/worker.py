@@ -606,7 +606,7 @@ class Worker:
 def _how(execution: Execution) -> How:
     """How a run has left, in the words of ``companions.py``."""
     match execution.ending:
-        case "park":
+        case "park" | "diverged":
             return "parked"
         case "lost":
             return "lost"

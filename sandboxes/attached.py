@@ -295,6 +295,11 @@ class AttachedSandbox(Sandbox):
         """As ``Sandbox.shell``."""
         return ShellSession(self, env)
 
+    async def outlive(self, seconds: float) -> None:
+        """As ``Sandbox.outlive``."""
+        await self.ready()
+        await self.channel.ask("attach", {"linger": seconds})
+
     async def forget(self, call_ids: Sequence[str]) -> None:
         """As ``Sandbox.forget``."""
         await self.ready()

@@ -166,6 +166,7 @@ async def _lodgers(options: Options, host: DockerHost) -> list[Lodger]:
     """What the host has, beside what the database knows of it; without a database only the former."""
     import time
 
+    from ridethrough.runtime.control import is_over
     from ridethrough.sandboxes.ownership import lodgers, store_id
 
     found = await host.found()
@@ -173,7 +174,7 @@ async def _lodgers(options: Options, host: DockerHost) -> list[Lodger]:
     with _store(options) as store:
         rows: Sequence[Any] = () if store is None else store.read_now(store.sandboxes)
         query = () if store is None else store.read_now(lambda at: store.ownerless_sandboxes(at, host.name, now))
-        ended = [row.id for row in query if row.ended]
+        ended = [row.id for row in query if row.run_id is not None and is_over(row.run_status, row.run_error)]
         mine = "" if store is None else store_id(store.database.path)
     seen = list(lodgers(found, rows, host=host.name, store_id=mine, ended=ended, now=now))
     return sorted(seen, key=lambda lodger: lodger.created_at)

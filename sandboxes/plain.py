@@ -642,6 +642,9 @@ class PlainSandbox(Sandbox):
         await anyio.aclose_forcefully(self._held)
         await self._hold.remove()
 
+    async def outlive(self, seconds: float) -> None:
+        """Nothing: its main process has a time of its own, which cannot be changed."""
+
     async def detach(self) -> None:
         """As ``Sandbox.detach``."""
         self._reason = self._reason or "it was let go of"

@@ -366,6 +366,10 @@ class Sandbox(ABC):
         """Remove it with all that is in it. Closing twice is fine."""
 
     @abstractmethod
+    async def outlive(self, seconds: float) -> None:
+        """How long it lives on from now on while nobody is attached, where it has a timer of its own."""
+
+    @abstractmethod
     async def detach(self) -> None:
         """Let go of it without removing it: another worker may attach, until its self-destruct timer runs out."""
 

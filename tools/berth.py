@@ -32,6 +32,8 @@ class CallBerth:
         self.call_id = call_id
         self.waiting = f"{path}/sandbox#1"
         self.outcome = outcome
+        self.sandbox_id: str | None = None
+        """The sandbox itself, once it is known."""
         self._used: list[CallSandbox] = []
 
     async def _lodging(self) -> Lodging:
@@ -47,7 +49,8 @@ class CallBerth:
         path, waited = self.waiting, 0
         while True:
             try:
-                await (await self._lodging()).sandbox(self.execution.run_id, self.wanted, self.call)
+                found = await (await self._lodging()).sandbox(self.execution.run_id, self.wanted, self.call)
+                self.sandbox_id = found.id
                 break
             except (SandboxUnavailable, ConfigError) as error:
                 await self._wait(path, error, waited)
@@ -70,11 +73,12 @@ class CallBerth:
             await execution.do(lambda connection: store.update_wait(connection, run_id, path, **changes))
         await execution.block(Blocked(path, "sandbox", name, due))
 
-    async def survives(self) -> bool:
-        """After a crash: whether the sandbox is still there, with what it knows of this call."""
+    async def survives(self, sandbox_id: str | None) -> bool:
+        """After a crash: whether the sandbox of its intent is still there, with what it knows of this call."""
         while True:
             try:
-                return await (await self._lodging()).survives(self.execution.run_id, self.wanted, self.call)
+                lodging = await self._lodging()
+                return await lodging.survives(self.execution.run_id, self.wanted, self.call, sandbox_id)
             except (SandboxUnavailable, ConfigError) as error:
                 await self._wait(self.waiting, error, 0)
 
@@ -108,12 +112,12 @@ class CallBerth:
 
     def close(self) -> None:
         """The result is on disk: the sandbox need not keep it any longer."""
-        self.execution.services.spawn(self._close)
+        if self.call or any(used.started for used in self._used):
+            self.execution.services.spawn(self._close)
 
     async def _close(self) -> None:
-        names: list[Any] = [name for used in self._used for name in used.started]
-        if self.call or names:
-            await (await self._lodging()).settled(self.execution.run_id, self.wanted, self.call, names)
+        names = [name for used in self._used for name in used.started]
+        await (await self._lodging()).settled(self.execution.run_id, self.wanted, self.call, names)
 
 
 def _wanted(named: object) -> str | SandboxProfile:

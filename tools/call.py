@@ -237,11 +237,9 @@ class _Call:
         self.started = self.execution.services.clock.now()
         self.failure: str | None = None
         self.attempt = 1
-        confined = self.tool.sandbox is not None or self.tool.confined
-        self.berth = self._berth() if confined else None
-
-    def _berth(self) -> CallBerth:
-        return CallBerth(self.branch, self.tool, self.request.path, self.request.call_id, self.outcome)
+        self.confined = self.tool.sandbox is not None or self.tool.confined
+        reaches = self.confined or self.tool.parameters.context is not None
+        self.berth = CallBerth(branch, self.tool, request.path, request.call_id, self.outcome) if reaches else None
 
     async def perform(self) -> ToolResult:
         result, failure = await self._result()
@@ -310,7 +308,7 @@ class _Call:
 
     async def _run(self, arguments: dict[str, Any]) -> Any:
         intent = self.execution.intents.get(self.request.path) if self.tool.effect == "write" else None
-        goes_on = intent is not None and await self._goes_on()
+        goes_on = intent is not None and await self._goes_on(intent.sandbox)
         if intent is not None and not goes_on:
             settled = await self._interrupted(arguments, intent.attempt)
             if settled is not None:
@@ -318,7 +316,7 @@ class _Call:
         async with AsyncExitStack() as limits:
             for semaphore in self._semaphores():
                 await limits.enter_async_context(semaphore)
-            if self.berth is not None:
+            if self.confined and self.berth is not None:
                 await self.berth.open()
             self.attempt = 1 if intent is None else intent.attempt + (0 if goes_on else 1)
             if self.tool.effect == "write" and not goes_on:
@@ -326,9 +324,9 @@ class _Call:
             self._announce_start(arguments)
             return await self._attempts(arguments)
 
-    async def _goes_on(self) -> bool:
-        """Whether what had started goes on in a sandbox, or has ended there: running the call again then finds it."""
-        return self.berth is not None and await self.berth.survives()
+    async def _goes_on(self, sandbox_id: str | None) -> bool:
+        """Whether what had started goes on in its sandbox, or has ended there: running the call again then finds it."""
+        return self.confined and self.berth is not None and await self.berth.survives(sandbox_id)
 
     def _semaphores(self) -> list[anyio.Semaphore]:
         found = []
@@ -347,6 +345,7 @@ class _Call:
             "name": self.tool.name,
             "digest": self.digest,
             "started_at": self.execution.services.clock.now(),
+            "sandbox": None if self.berth is None else self.berth.sandbox_id,
         }
         store = self.execution.services.store
         await self.execution.do(lambda connection: store.insert_intent(connection, row))
@@ -375,7 +374,7 @@ class _Call:
             if FAULTS is None:
                 return await self._function(kwargs, attempt)
             called = Called(self.request.run_id, self.request.call_id, self.tool.name, self.tool.effect)
-            lose = None if self.berth is None else self.berth.lose
+            lose = self.berth.lose if self.confined and self.berth is not None else None
             return await FAULTS.around(called, lambda: self._function(kwargs, attempt), lose)
         doubt = " It may have taken effect all the same." if self.tool.effect == "write" else ""
         raise TimeoutError(f"{self.tool.name} did not end within {self.tool.timeout:g} s.{doubt}")
@@ -396,9 +395,8 @@ class _Call:
             raise ToolFailed(f"{self.tool.name} tried to end its task or the process ({error!r}).") from error
 
     def _context(self, attempt: int) -> ToolContext[Any]:
-        berth = self.berth or self._berth()
         return ToolContext(
-            sandbox=berth.sandbox(self.attempt, attempt),
+            sandbox=None if self.berth is None else self.berth.sandbox(self.attempt, attempt),
             run_id=self.request.run_id,
             call_id=self.request.call_id,
             idempotency_key=self.request.key,

@@ -8,13 +8,14 @@ digest of what is asked, so that code which has changed in between does not get 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import Final, TypeVar
 
 import anyio
 
-from ridethrough.runtime.errors import Error, SandboxError, SandboxGone
+from ridethrough.runtime.errors import Error, SandboxError, SandboxGone, SandboxUnavailable
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import (
     DEFAULT_TIMEOUT,
@@ -30,7 +31,12 @@ from ridethrough.sandboxes.sandbox import (
     Snapshot,
 )
 
+log = logging.getLogger("ridethrough")
+
 T = TypeVar("T")
+
+FIRST_WAIT: Final = 1.0
+LONGEST_WAIT: Final = 30.0
 
 KILL_SECONDS: Final = 10.0
 """How long the end of a call that was cut off is waited for; its deadline in the sandbox holds all the same."""
@@ -66,10 +72,22 @@ class CallSandbox(Sandbox):
         self._counts: dict[str, int] = {}
 
     async def _sandbox(self) -> Sandbox:
-        sandbox = await self._find()
+        sandbox = await self._found()
         self.id, self.runtime, self.boundary = sandbox.id, sandbox.runtime, sandbox.boundary
         self.profile = sandbox.profile  # as it is configured; until now only its name was sure
         return sandbox
+
+    async def _found(self) -> Sandbox:
+        """The sandbox, waited for as long as the call's own deadline allows: an engine that is down for a moment is no
+        answer of the tool."""
+        pause = FIRST_WAIT
+        while True:
+            try:
+                return await self._find()
+            except SandboxUnavailable as error:
+                log.warning("a call waits for its sandbox: %s", error)
+                await anyio.sleep(pause)
+                pause = min(2 * pause, LONGEST_WAIT)
 
     def _name(self, argv: Sequence[str], *more: object) -> str:
         """The id of the next thing of this kind that the call starts."""
@@ -236,6 +254,9 @@ class CallSandbox(Sandbox):
 
     async def aclose(self) -> None:
         """Nothing: the sandbox belongs to the run."""
+
+    async def outlive(self, seconds: float) -> None:
+        """Nothing: the run decides."""
 
     async def detach(self) -> None:
         """Nothing: the sandbox belongs to the run."""

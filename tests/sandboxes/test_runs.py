@@ -17,8 +17,21 @@ import pytest
 from sqlalchemy import Connection
 from tests.agents.support import PATIENCE, Scripted, call
 
-from ridethrough import Agent, ConfigError, Runtime, ToolContext, UsageError, tool, wait_for, workflow
+from ridethrough import (
+    Agent,
+    ConfigError,
+    Diverged,
+    Runtime,
+    SandboxProfile,
+    ToolContext,
+    UsageError,
+    tool,
+    wait_for,
+    workflow,
+)
+from ridethrough.runtime import control
 from ridethrough.runtime.config import Config, parse_config
+from ridethrough.runtime.payload import dump_error
 from ridethrough.runtime.store import Store, StoredRow
 from ridethrough.tools.lodging import Lodging
 from ridethrough.tools.tool import Tool
@@ -271,6 +284,16 @@ def SAY_RESULT(request: Any) -> str:
 
 @asynccontextmanager
 async def parked_visit(folder: Path, kind: str, more: str = "") -> AsyncGenerator[tuple[Runtime, str]]:
+    """A run that has used its sandbox, and waits; what is left of it at the end is removed."""
+    async with _parked(folder, kind, more) as (runtime, run_id):
+        yield runtime, run_id
+        for row in await rows(runtime, run_id):
+            if row.live:
+                await remove_behind(runtime, row.id, kind)
+
+
+@asynccontextmanager
+async def _parked(folder: Path, kind: str, more: str) -> AsyncGenerator[tuple[Runtime, str]]:
     async with open_runtime(folder, kind, more) as runtime:
         run = await runtime.start(visits, "go")
         await until(lambda: _is(runtime, run.id, "waiting"))
@@ -295,7 +318,7 @@ async def test_a_parked_run_freezes_its_sandbox_and_finds_it_again(tmp_path: Pat
 
 
 async def test_another_process_takes_the_sandbox_up(tmp_path: Path, kind: str) -> None:
-    async with parked_visit(tmp_path, kind) as (_, run_id):
+    async with _parked(tmp_path, kind, "") as (_, run_id):
         pass
     async with open_runtime(tmp_path, kind) as runtime:
         assert await _ring(runtime, run_id) == "before\nafter\n"
@@ -316,14 +339,88 @@ async def test_a_long_pause_archives_the_workspace_and_the_next_call_restores_it
 
 async def test_a_sandbox_that_was_removed_meanwhile_is_told_to_the_model_once(tmp_path: Path, kind: str) -> None:
     async with parked_visit(tmp_path, kind) as (runtime, run_id):
-        keeper = await lodging(runtime)
         [row] = await rows(runtime, run_id)
-        for quarters in keeper._quarters.values():  # pyright: ignore[reportPrivateUsage]
-            assert quarters.host is not None
-            await quarters.host.remove(row.id)
+        await remove_behind(runtime, row.id, kind)
         told = await _ring(runtime, run_id)
         assert "is gone" in told
         assert "the next call gets a new, empty one" in told
+
+
+async def remove_behind(runtime: Runtime, sandbox_id: str, kind: str) -> None:
+    """Remove a sandbox as somebody from outside does."""
+    await (await (await lodging(runtime)).quarters.at(kind)).host.remove(sandbox_id)
+
+
+async def set_row(runtime: Runtime, row: StoredRow, **values: Any) -> None:
+    """Write a sandbox's row as another worker would have done."""
+    store = runtime.store
+    assert await runtime.worker.journal.do(
+        lambda connection: store.claim_sandbox(connection, row.id, row.generation, **values)
+    )
+
+
+async def test_a_run_that_wakes_waits_for_who_archives_its_sandbox(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind) as (runtime, run_id):
+        [row] = await rows(runtime, run_id)
+        now = runtime.clock.now()
+        await set_row(runtime, row, status="archiving", worker_id="other", expires_at=now + 1.5)  # it dies over it
+        assert await _ring(runtime, run_id) == "before\nafter\n"
+        assert runtime.clock.now() >= now + 1.5
+        assert len(await rows(runtime, run_id)) == 1
+
+
+async def test_a_crash_between_archive_and_removal_loses_nothing(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind, "sandbox_pause_seconds = 0.001") as (runtime, run_id):
+        keeper = await lodging(runtime)
+        assert await keeper.reap_once() == 1
+        [row] = await rows(runtime, run_id)
+        await set_row(runtime, row, live=True, expires_at=1.0)  # as it is when the process dies at `sandbox.archived`
+        assert await keeper.reap_once() == 1
+        [row] = await rows(runtime, run_id)
+        assert (row.status, row.live) == ("archived", False)
+        assert await _ring(runtime, run_id) == "before\nafter\n"
+
+
+async def test_what_the_reaper_finds_gone_is_told_to_the_next_call(tmp_path: Path, kind: str) -> None:
+    async with parked_visit(tmp_path, kind, "sandbox_pause_seconds = 0.001") as (runtime, run_id):
+        keeper, [row] = await lodging(runtime), await rows(runtime, run_id)
+        await remove_behind(runtime, row.id, kind)
+        assert await keeper.reap_once() == 1
+        assert [row.status for row in await rows(runtime, run_id)] == ["lost"]
+        assert "is gone" in await _ring(runtime, run_id)
+
+
+async def test_lower_limits_have_a_sandbox_of_their_own(tmp_path: Path, kind: str) -> None:
+    wide = SandboxProfile(kind="local" if kind == "local" else "docker", memory=2**29)
+
+    @tool(sandbox=wide, effect="read")
+    def first() -> str:
+        """Leave a mark."""
+        open("mark", "w").close()
+        return "marked"
+
+    @tool(sandbox=wide.less(memory=2**28), effect="read")
+    def second() -> list[str]:
+        """Look for it."""
+        import os
+
+        return os.listdir(".")
+
+    model = Scripted(call("first"), call("second"), "done")
+    async with open_runtime(tmp_path, kind) as runtime:
+        run = await runtime.start(Agent("worker", model=model, tools=[first, second]), "go")
+        with anyio.fail_after(PATIENCE):
+            await run.result()
+        assert model.results == ["[]"]
+        assert len({row.key for row in await rows(runtime, run.id)}) == 2
+
+
+async def test_a_run_whose_code_has_changed_keeps_its_workspace(tmp_path: Path) -> None:
+    assert control.is_over("done", None)
+    assert control.is_over(None, None)
+    assert control.is_over("failed", dump_error(ValueError("x")))
+    assert not control.is_over("failed", dump_error(Diverged("x", path="", recorded="", asked="")))
+    assert not control.is_over("paused", None)
 
 
 # --- the reaper -----------------------------------------------------------------------------------------------------
@@ -342,7 +439,7 @@ async def test_a_sandbox_on_record_that_was_never_made_is_forgotten(tmp_path: Pa
     async with parked_visit(tmp_path, kind) as (runtime, run_id):
         keeper, [row] = await lodging(runtime), await rows(runtime, run_id)
         ghost = {"id": "ghost", "profile": "python", "host": row.host, "worker_id": "dead", "status": "starting"}
-        ghost |= {"live": True, "key": "", "created_at": 0.0, "expires_at": 1.0}
+        ghost |= {"live": True, "key": "", "generation": 0, "created_at": 0.0, "expires_at": 1.0}
         await runtime.worker.journal.do(lambda connection: runtime.store.insert_sandbox(connection, ghost))
         assert await keeper.reap_once() == 1
         left = await runtime.store.read(lambda connection: runtime.store.sandboxes(connection, live=False))
@@ -411,6 +508,27 @@ async def test_calls_go_on_while_their_worker_is_dead(tmp_path: Path, kind: str,
     assert nothing_left(tmp_path, kind)
 
 
+@pytest.mark.processes
+async def test_calls_that_were_cut_off_with_their_sandbox_are_told_so_and_not_run_again(
+    tmp_path: Path, kind: str
+) -> None:
+    first = begin_life(tmp_path, 4, 30.0, kind)
+    try:
+        await until(lambda: started(tmp_path, 4))
+        await anyio.sleep(1.0)
+        first.kill()
+    finally:
+        first.communicate(timeout=20)
+    async with open_runtime(tmp_path, kind) as runtime:
+        [row] = await rows(runtime, "r1")
+        await remove_behind(runtime, row.id, kind)
+    second = begin_life(tmp_path, 4, 30.0, kind)
+    out, _ = await anyio.to_thread.run_sync(lambda: second.communicate(timeout=60))
+    assert second.returncode == 0, out
+    assert out.count("This call of work was interrupted by a crash.") == 4, out
+    assert "is gone" in out  # and the next call learns of the workspace
+
+
 @tool(sandbox="python", timeout=60)
 def count_up(path: str) -> str:
     """Begin, wait for a file, end."""
@@ -476,11 +594,17 @@ async def test_a_kill_where_a_sandbox_changes_hands_leaves_nothing(tmp_path: Pat
 
         def let_pass(connection: Connection) -> None:
             for sandbox_id in ids:
-                store.update_sandbox(connection, sandbox_id, expires_at=0.0)
+                row = store.sandbox(connection, sandbox_id)
+                assert row is not None
+                store.update_sandbox(connection, sandbox_id, row.generation, expires_at=0.0)
 
         await runtime.worker.journal.do(let_pass)
-        await keeper.reap_once()
-        assert not await store.read(store.sandboxes)
+
+        async def all_gone() -> bool:  # the worker's own first round is under way beside this one
+            await keeper.reap_once()
+            return not await store.read(store.sandboxes)
+
+        await until(all_gone)
     assert nothing_left(tmp_path, kind)
 
 

@@ -18,15 +18,18 @@ _TABLES = ("egress", "sandboxes")
 
 def upgrade() -> None:
     """Make the tables."""
+    op.add_column("intents", sa.Column("sandbox", sa.String(), nullable=True))
     op.create_table(
         "sandboxes",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("run_id", sa.String(), nullable=True),
         sa.Column("key", sa.String(), nullable=False),
         sa.Column("profile", sa.String(), nullable=False),
+        sa.Column("spec", sa.Text(), nullable=True),
         sa.Column("host", sa.String(), nullable=False),
         sa.Column("worker_id", sa.String(), nullable=False),
         sa.Column("status", sa.String(), nullable=False),
+        sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("live", sa.Boolean(), nullable=False),
         sa.Column("runtime", sa.String(), nullable=False),
         sa.Column("proof", sa.Text(), nullable=True),
@@ -44,7 +47,7 @@ def upgrade() -> None:
         postgresql_where=sa.text("run_id IS NOT NULL"),
     )
     op.create_index(
-        "ix_sandboxes_host", "sandboxes", ["host"], sqlite_where=sa.text("live"), postgresql_where=sa.text("live")
+        "ix_sandboxes_host", "sandboxes", ["host"], sqlite_where=sa.text("live = 1"), postgresql_where=sa.text("live")
     )
     op.create_table(
         "egress",
@@ -70,3 +73,4 @@ def downgrade() -> None:
     """Delete the tables, with everything in them."""
     for table in _TABLES:
         op.drop_table(table)
+    op.drop_column("intents", "sandbox")
