@@ -37,8 +37,9 @@ REMOVE_SECONDS: Final = 30.0
 OUTBOX: Final = 4 * MAX_BODY
 """Bytes that wait for the writer; whoever brings more waits for room."""
 
-TUNNELS: Final = 64
-"""Connections to the proxy that one sandbox may have open."""
+TUNNELS: Final = 256
+"""Connections to the proxy that one sandbox may have open. Many more than the relay serves, which refuses what is
+beyond its own number and has that on record; what is refused here is on no record."""
 
 STRAY_BYTES: Final = 4 * 2**20
 """What may still come for a request whose caller has left, before it is a breach."""

@@ -19,6 +19,7 @@ from ridethrough.runtime.errors import SandboxError, SandboxFileNotFound, Sandbo
 from ridethrough.sandboxes import attached
 from ridethrough.sandboxes.attached import AttachedSandbox, attach_to
 from ridethrough.sandboxes.channel import LEFT, TUNNELS, Channel, Stuck
+from ridethrough.sandboxes.egress.egress import CONNECTIONS
 from ridethrough.sandboxes.frames import MAX_BODY, MAX_HEADER, PROTOCOL, WINDOW, Decoder, encode
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import ExecResult, Output, Sandbox
@@ -638,6 +639,10 @@ async def test_a_connection_carries_both_ways_within_its_windows() -> None:
             pass
 
 
+def test_the_way_out_refuses_connections_first_because_it_has_that_on_record() -> None:
+    assert TUNNELS > 2 * CONNECTIONS
+
+
 async def test_connections_without_a_relay_or_beyond_their_number_are_refused() -> None:
     async with connected() as (_, peer, _):
         await peer.send({"s": 1, "open": True})
@@ -650,8 +655,8 @@ async def test_connections_without_a_relay_or_beyond_their_number_are_refused() 
         await peer.send({"s": 0, "end": True})
         while not (await peer.frame())[0].get("end"):
             pass
-        await peer.send({"s": 200, "open": True})
-        assert (await peer.frame())[0] == {"s": 200, "ready": True}
+        await peer.send({"s": TUNNELS + 1, "open": True})
+        assert (await peer.frame())[0] == {"s": TUNNELS + 1, "ready": True}
 
 
 async def test_a_relay_that_fails_ends_its_connection_alone() -> None:
