@@ -1,13 +1,12 @@
 """MCP servers on streamable HTTP, made with the official SDK.
 
 Each line ``{"port": ..., "log": ...}`` on standard input starts one, as a fork, since importing the SDK takes longer
-than any test; its process number is printed. All end with standard input.
+than any test; its process number is printed. ``{"end": ...}`` ends the one of that number; all end with standard input.
 
 They answer both protocol revisions at ``/mcp`` and note in the log what they are called for. Requests to ``/refused``
 are refused with what they carried as their credential.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -95,20 +94,29 @@ def serve(port: int, to: str) -> None:
     global log
     log = to
     sys.stdin.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     uvicorn.run(with_refusals(server.streamable_http_app()), host="127.0.0.1", port=port, log_level="critical")
 
 
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-started = []
+def end(pid: int) -> None:
+    """Kill it, unless that was done before. A dead one is waited for only here: until then nobody gets its number."""
+    if pid in started:
+        started.remove(pid)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+started: set[int] = set()
 while line := sys.stdin.readline():
+    asked = json.loads(line)
+    if "end" in asked:
+        end(asked["end"])
+        print("ended", flush=True)
+        continue
     pid = os.fork()
     if pid == 0:
-        asked = json.loads(line)
         serve(asked["port"], asked["log"])
         os._exit(0)
-    started.append(pid)
+    started.add(pid)
     print(pid, flush=True)
-for pid in started:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+for pid in sorted(started):
+    end(pid)

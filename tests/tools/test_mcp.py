@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -570,17 +568,24 @@ class Web:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        assert self.mill.stdin is not None
-        assert self.mill.stdout is not None
-        self.mill.stdin.write(json.dumps({"port": self.port, "log": str(self.log)}) + "\n")
-        self.mill.stdin.flush()
-        self.pid = int(self.mill.stdout.readline())
+        self.pid = int(self._ask(port=self.port, log=str(self.log)))
         self._await(listening=True)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        """Kill it, dead or alive: the mill knows which processes are still its own."""
+        assert self._ask(end=self.pid) == "ended\n"
         self._await(listening=False)
+
+    def holds_its_number(self) -> bool:
+        """Whether nobody else can have its number, alive or not."""
+        return Path(f"/proc/{self.pid}").exists()
+
+    def _ask(self, **what: int | str) -> str:
+        assert self.mill.stdin is not None
+        assert self.mill.stdout is not None
+        self.mill.stdin.write(json.dumps(what) + "\n")
+        self.mill.stdin.flush()
+        return self.mill.stdout.readline()
 
     def _await(self, *, listening: bool) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -646,6 +651,7 @@ async def test_a_server_on_http_that_dies(web: Web, protocol: Any, monkeypatch: 
         tools = await tools_of(given)
         with pytest.raises(ToolInterrupted, match="may or may not have taken effect"):
             await tools["h_leave"]()
+        assert web.holds_its_number()
         web.kill()
         web.start()
         assert await tools["h_echo"](text="back") == "back"
