@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from contextvars import Token
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,10 +231,13 @@ class Runtime(Launcher):
         )
         self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._opened = True
+        # Their modules are imported before the worker takes up runs: between that and the caller's first line there is
+        # no time to lose, or a run that the caller wants to take up has ended by then.
+        prepared = {name: opener(self.worker, self._lodgings) for name, opener in companions.OPENERS.items()}
         await self.worker.start(self._tasks, serve=self._serve)
         if self._serve:
-            for name in companions.OPENERS:
-                await self._open_companion(name)
+            for name, companion in prepared.items():
+                await self._open_companion(name, companion)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -309,7 +312,9 @@ class Runtime(Launcher):
 
     # --- companions -------------------------------------------------------------------------------------------------
 
-    async def _open_companion(self, name: str) -> Any:
+    async def _open_companion(
+        self, name: str, prepared: AbstractAsyncContextManager[companions.Companion] | None = None
+    ) -> Any:
         """As the router, each lives in a task of its own.
 
         Raises:
@@ -318,15 +323,18 @@ class Runtime(Launcher):
         owned = self._companions.get(name)
         if owned is None:
             owned = self._companions[name] = Owned()
-            self._tasks.start_soon(self._own_companion, name, owned)
+            companion = prepared or companions.OPENERS[name](self.worker, self._lodgings)
+            self._tasks.start_soon(self._own_companion, name, companion, owned)
         await owned.opened.wait()
         if owned.error is not None:
             raise owned.error
         return self.worker.companions[name]
 
-    async def _own_companion(self, name: str, owned: Owned) -> None:
+    async def _own_companion(
+        self, name: str, opening: AbstractAsyncContextManager[companions.Companion], owned: Owned
+    ) -> None:
         try:
-            async with companions.OPENERS[name](self.worker, self._lodgings) as companion:
+            async with opening as companion:
                 self.worker.companions[name] = companion
                 owned.opened.set()
                 await owned.closing.wait()

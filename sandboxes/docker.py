@@ -39,6 +39,7 @@ from ridethrough.sandboxes.container import (
     labels_of,
 )
 from ridethrough.sandboxes.engine import Engine, Image, environment_of
+from ridethrough.sandboxes.groups import task_group
 from ridethrough.sandboxes.hijack import EngineStream
 from ridethrough.sandboxes.plain import Command, Execs, PlainSandbox, checked_user
 from ridethrough.sandboxes.profile import WORKSPACE
@@ -98,7 +99,7 @@ class DockerHost(Host):
             ConfigError: its address cannot be spoken to.
         """
         async with Engine.open(url) as engine:
-            async with anyio.create_task_group() as group:
+            async with task_group() as group:
                 host = cls(engine, group, relay_for, dict(labels or {}), f"docker:{engine.id}")
                 try:
                     yield host

@@ -29,6 +29,7 @@ from anyio.abc import TaskGroup
 from ridethrough.runtime.clock import Clock, SystemClock
 from ridethrough.runtime.errors import SandboxError, UsageError
 from ridethrough.sandboxes.attached import AttachedSandbox
+from ridethrough.sandboxes.groups import task_group
 from ridethrough.sandboxes.plain import PlainSandbox
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Host, Sandbox
@@ -182,7 +183,7 @@ class Pool:
             linger: Seconds that a sandbox lives on when its host's process has died.
             clock: The time by which demand is counted.
         """
-        async with anyio.create_task_group() as group:
+        async with task_group() as group:
             pool = cls(
                 host,
                 group,

@@ -28,7 +28,7 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kmg]?)(?:i?b)?\s*", str(text), re.IGNORECASE)
     if match is None:
         raise ConfigError(f'{text!r} is no size: write a number of bytes, or text such as "512m" or "2g"')
     return int(float(match[1]) * _UNITS[match[2].lower()])
@@ -76,6 +76,19 @@ class SandboxProfile:
     warm: int = 1
     snapshot_limit: int = 64 * 2**20
     user: int = NOBODY
+
+    def __post_init__(self) -> None:
+        """Refuse what would be no limit, or none that was meant: engines take 0 for unlimited."""
+        for key in ("memory", "cpus", "pids", "disk", "snapshot_limit"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**60:
+                raise ConfigError(f"sandbox profile {self.name}: {key} must be a number greater than 0; got {value!r}")
+        for key in ("network", "private_hosts"):
+            value = getattr(self, key)
+            if isinstance(value, str) or not all(isinstance(host, str) for host in value):
+                raise ConfigError(f"sandbox profile {self.name}: {key} is a tuple of host names; got {value!r}")
+        if not self.image.strip():
+            raise ConfigError(f"sandbox profile {self.name}: image is empty; name one, or leave it out")
 
     @classmethod
     def of(cls, name: str, config: SandboxConfig) -> SandboxProfile:

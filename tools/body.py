@@ -14,9 +14,9 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import CodeType
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 from ridethrough.runtime.errors import ConfigError, ToolFailed
 from ridethrough.sandboxes.sandbox import ExecResult, Sandbox
@@ -120,11 +120,25 @@ def _check_complete(tool: str, function: Callable[..., Any]) -> None:
             f"tool {tool!r} runs in a sandbox, where there is no ctx. Leave out sandbox= and call "
             f"ctx.sandbox.exec(...), or leave out ctx"
         )
+    for name, kind in _hints(function).items():
+        if name != "return" and isinstance(kind, type) and (is_dataclass(kind) or hasattr(kind, "model_fields")):
+            raise ConfigError(
+                f"tool {tool!r} runs in a sandbox, where {kind.__name__} is not known: {name} arrives there as "
+                f"plain JSON data. Annotate it with dict, list, str, int, float or bool"
+            )
     if code.co_freevars:
         raise _incomplete(tool, code.co_freevars[0], "is a variable of the function around it")
     for name in _globals(code):
         if name != function.__name__ and not hasattr(builtins, name):
             raise _incomplete(tool, name, "is defined outside of it")
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of its parameters and of what it returns, as far as they can be found out."""
+    try:
+        return get_type_hints(function)
+    except Exception:  # a name that is known to type checkers only
+        return {}
 
 
 def _globals(code: CodeType) -> Iterator[str]:

@@ -11,6 +11,7 @@ import anyio.abc
 
 from ridethrough.runtime.config import Config
 from ridethrough.runtime.errors import ConfigError, Error, SandboxUnavailable
+from ridethrough.sandboxes.groups import single
 from ridethrough.sandboxes.ownership import STORE_LABEL, store_id
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.tools.audit import Audit
@@ -134,7 +135,7 @@ class Quarters:
                 quarter.serve(host, pool)
                 await quarter.closing.wait()
         except Exception as error:
-            quarter.error = _single(error)
+            quarter.error = _told(error)
         finally:
             if self._open.get(kind) is quarter:
                 del self._open[kind]
@@ -158,11 +159,10 @@ def _host(kind: str, relay_for: Any) -> Any:
     return DockerHost.open(relay_for=relay_for)
 
 
-def _single(error: Exception) -> Exception:
-    """The error itself: a host's tasks wrap it."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    if isinstance(error, Error):
-        return error
-    log.error("sandboxes: unexpected", exc_info=error)
-    return SandboxUnavailable(f"the host of sandboxes failed: {error!r}; it is opened anew by the next call")
+def _told(error: Exception) -> Exception:
+    """What those who want a sandbox are told."""
+    inner = single(error)
+    if isinstance(inner, Error):
+        return inner
+    log.error("sandboxes: unexpected", exc_info=inner)
+    return SandboxUnavailable(f"the host of sandboxes failed: {inner!r}; it is opened anew by the next call")

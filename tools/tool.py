@@ -254,7 +254,7 @@ def _check_function(name: str, function: object) -> None:
 
 
 def _check_sandbox(name: str, sandbox: object) -> None:
-    if sandbox is not None and not isinstance(sandbox, str | SandboxProfile):
+    if sandbox is not None and (not sandbox or not isinstance(sandbox, str | SandboxProfile)):
         raise ConfigError(f"tool {name!r}: sandbox is a profile's name or a SandboxProfile; got {sandbox!r}")
 
 

@@ -18,6 +18,8 @@ from urllib.parse import unquote
 
 import anyio
 
+from ridethrough.sandboxes.groups import task_group
+
 LOG_FORMAT: Final = (
     "%ts.%03tu %>a %>p %#rm %#>rd %>rP %Ss %>Hs %>st %<st %#ssl::>sni %ssl::bump_mode %err_code %{reason}note %<a"
 )
@@ -231,7 +233,7 @@ class Book:
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
         """Deliver until the end of the block, and then what is still waiting, if that does not take long."""
-        async with anyio.create_task_group() as tasks:
+        async with task_group() as tasks:
             tasks.start_soon(self.deliver)
             try:
                 yield

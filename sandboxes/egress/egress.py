@@ -28,6 +28,7 @@ from ridethrough.sandboxes.egress.audit import Book, Decision, Line, OnDecision
 from ridethrough.sandboxes.egress.policy import Policy
 from ridethrough.sandboxes.egress.proxies import Proxies
 from ridethrough.sandboxes.egress.squid import OURS, Options, Programs, Squid, request
+from ridethrough.sandboxes.groups import task_group
 
 if TYPE_CHECKING:
     from ridethrough.sandboxes.profile import SandboxProfile
@@ -91,7 +92,7 @@ class Egress:
             patience: Seconds that a request, or the greeting in a tunnel, may take to arrive.
         """
         book = Book(on_decision)
-        async with book.kept(), anyio.create_task_group() as tasks:
+        async with book.kept(), task_group() as tasks:
             options = Options(binary, hosts_file, cafile, tuple(nameservers), patience)
             egress = cls(tasks, options, book, base)
             try:
