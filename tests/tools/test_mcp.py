@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from tests.agents.support import PATIENCE, Scripted, call, open_runtime
 from ridethrough import Agent, ConfigError, Tool, ToolContext, ToolFailed, ToolInterrupted
 from ridethrough.sandboxes.standalone import local_sandbox
 from ridethrough.tools.mcp import McpServer
+from ridethrough.tools.mcp.pipe import LocalPipe
 from ridethrough.tools.schema import ArgumentsInvalid
 
 pytestmark = pytest.mark.anyio
@@ -420,6 +422,29 @@ async def test_a_stubborn_server_is_ended_all_the_same(log: Log, monkeypatch: py
     async with server(log, "stubborn") as given:
         await given.tools()
     assert not any(map(alive, log.pids))
+
+
+def status_of(pid: int) -> str:
+    """The kernel's letter for what a process does; Z has ended, and is waited for by nobody yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def test_a_server_that_has_ended_keeps_its_number_until_what_it_left_is_killed() -> None:
+    program = "import os, subprocess; print(os.getpid(), subprocess.Popen(['sleep', '1000']).pid, flush=True)"
+    pipe = await LocalPipe.open([sys.executable, "-c", program], {}, None)
+    async with aclosing(pipe.output()) as output:
+        leader, left = map(int, (await anext(output)).split())
+        ended = os.pidfd_open(left)
+        with anyio.fail_after(PATIENCE):
+            while status_of(leader) != "Z":
+                await anyio.lowlevel.checkpoint()
+        for _ in range(100):  # whoever watches over children would have waited for it
+            await anyio.wait_all_tasks_blocked()
+            assert status_of(leader) == "Z"
+        assert await pipe.aclose() == "its process ended with status 0"
+        with anyio.fail_after(PATIENCE):
+            await anyio.wait_readable(ended)
+    os.close(ended)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

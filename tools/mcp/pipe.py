@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import anyio
+import anyio.lowlevel
 from anyio.streams.memory import MemoryObjectSendStream
 
 from ridethrough.runtime.errors import SandboxError, ToolFailed
@@ -44,6 +46,8 @@ GRACE_SECONDS: Final = 2.0
 PROCESS_SECONDS: Final = 24 * 3600.0
 """The longest that a server in a sandbox lives; the next call starts another."""
 
+_NAP: Final = 0.005
+_PIECE: Final = 64 * 1024
 _INHERITED: Final = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER")
 
 
@@ -95,9 +99,13 @@ class Pipe(ABC):
 
 
 class LocalPipe(Pipe):
-    """A child process, in a group of its own that is ended with it."""
+    """A child process, in a group of its own that is ended with it.
 
-    def __init__(self, process: anyio.abc.Process) -> None:
+    The group is signalled by its number, which is the process's. So the process is waited for last, when its group has
+    been killed: until then nobody else can be given the number, however long ago the process has ended.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         super().__init__()
         self._process = process
 
@@ -108,53 +116,113 @@ class LocalPipe(Pipe):
         Raises:
             ToolFailed: it cannot be started.
         """
+        await anyio.lowlevel.checkpoint()
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         try:
-            process = await anyio.open_process(list(command), env={**inherited, **env}, cwd=cwd, start_new_session=True)
+            return cls(_started(command, {**inherited, **env}, cwd))
         except (OSError, ValueError) as error:
             raise ToolFailed(f"{command[0]!r} cannot be started: {error}") from None
-        return cls(process)
 
     async def output(self) -> AsyncGenerator[bytes]:
-        assert self._process.stdout is not None
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
-            async for chunk in self._process.stdout:
-                yield chunk
+        async with aclosing(_pieces(self._process.stdout)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def watch(self) -> None:
-        assert self._process.stderr is not None
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
-            async for chunk in self._process.stderr:
-                self.keep(chunk)
+        async with aclosing(_pieces(self._process.stderr)) as pieces:
+            async for piece in pieces:
+                self.keep(piece)
 
     async def write(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        await self._process.stdin.send(data)
+        stdin, left = self._process.stdin, memoryview(data)
+        assert stdin is not None
+        while left:
+            if stdin.closed:
+                raise anyio.ClosedResourceError
+            await anyio.wait_writable(stdin)
+            with suppress(BlockingIOError):
+                left = left[os.write(stdin.fileno(), left) :]
 
     async def aclose(self) -> str:
         process = self._process
-        assert process.stdin is not None
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
-            await process.stdin.aclose()
+        _close(process.stdin)
         by_itself = await self._ends()
         if not by_itself:
             self._signal(signal.SIGTERM)
             await self._ends()
         self._signal(signal.SIGKILL)  # those of its group that stayed behind, too
-        await process.aclose()
-        return _ending(process.returncode) if by_itself else "it was ended"
+        await self._ends()
+        status = process.poll()
+        self._keep_the_rest()
+        _close(process.stdout)
+        _close(process.stderr)
+        return _ending(status) if by_itself else "it was ended"
 
     async def _ends(self) -> bool:
-        """Whether the process ends in time. ``wait`` alone would also wait for those who hold its output open."""
-        with anyio.move_on_after(GRACE_SECONDS):
-            while self._process.returncode is None:
-                with anyio.move_on_after(0.02):
-                    await self._process.wait()
-        return self._process.returncode is not None
+        """Whether the process ends in time."""
+        deadline = anyio.current_time() + GRACE_SECONDS
+        while anyio.current_time() < deadline:
+            if self._has_ended():
+                return True
+            await anyio.sleep(_NAP)
+        return self._has_ended()
+
+    def _has_ended(self) -> bool:
+        """Whether it has ended. It is not waited for, where the system can tell without that."""
+        process = self._process
+        with suppress(ChildProcessError):  # the program has children waited for by the kernel
+            if process.returncode is None and hasattr(os, "waitid"):
+                return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return process.poll() is not None
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+        """Signal the group, unless its number may be somebody else's by now."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+    def _keep_the_rest(self) -> None:
+        """Its last words may still be on their way when its end is known."""
+        stderr = self._process.stderr
+        assert stderr is not None
+        with suppress(BlockingIOError):
+            self.keep(os.read(stderr.fileno(), _PIECE))
+
+
+def _started(command: Sequence[str], env: Mapping[str, str], cwd: str | None) -> subprocess.Popen[bytes]:
+    """A process whose pipes are read and written without waiting."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        list(command), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, cwd=cwd, env=env, start_new_session=True
+    )
+    for each in (process.stdin, process.stdout, process.stderr):
+        assert each is not None
+        os.set_blocking(each.fileno(), False)
+    return process
+
+
+async def _pieces(pipe: IO[bytes] | None) -> AsyncGenerator[bytes]:
+    """What comes out of a pipe, until it ends or is closed here."""
+    assert pipe is not None
+    while not pipe.closed:
+        try:
+            await anyio.wait_readable(pipe)
+            piece = os.read(pipe.fileno(), _PIECE)
+        except BlockingIOError:
+            continue
+        except (anyio.ClosedResourceError, OSError):
+            return
+        if not piece:
+            return
+        yield piece
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    """Close a pipe that others may be waiting for."""
+    assert pipe is not None
+    if not pipe.closed:
+        anyio.notify_closing(pipe)
+        pipe.close()
 
 
 def _ending(status: int | None) -> str:
