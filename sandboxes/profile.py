@@ -79,7 +79,7 @@ class SandboxProfile:
 
     def __post_init__(self) -> None:
         """Refuse what would be no limit, or none that was meant: engines take 0 for unlimited."""
-        for key in ("memory", "cpus", "pids", "disk", "snapshot_limit"):
+        for key in ("memory", "cpus", "pids", "disk"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**60:
                 raise ConfigError(f"sandbox profile {self.name}: {key} must be a number greater than 0; got {value!r}")
