@@ -25,6 +25,7 @@ import anyio
 from anyio.abc import ByteStream
 
 from ridethrough.runtime.errors import ConfigError, SandboxGone, SandboxUnavailable
+from ridethrough.sandboxes.sockets import connect_unix
 
 STDOUT: Final = 1
 STDERR: Final = 2
@@ -87,7 +88,7 @@ class Address:
         """
         try:
             if self.path:
-                return await anyio.connect_unix(self.path)
+                return await connect_unix(self.path)
             return await anyio.connect_tcp(self.host, self.port)
         except OSError as error:
             raise unreachable(self, error) from error

@@ -43,6 +43,7 @@ from ridethrough.sandboxes import frames
 from ridethrough.sandboxes.attached import ENVIRONMENT, AttachedSandbox, attach_to
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import ExecResult, Found, Host, RelayFor, Sandbox
+from ridethrough.sandboxes.sockets import connect_unix
 
 T = TypeVar("T")
 
@@ -276,7 +277,7 @@ async def _connected(folder: Path, local: Local) -> ByteStream:
     address, deadline = str(folder / "socket"), anyio.current_time() + START_SECONDS
     while True:
         try:
-            return await anyio.connect_unix(address)
+            return await connect_unix(address)
         except OSError as error:
             if not _is_alive(local) or anyio.current_time() > deadline:
                 raise SandboxGone(f"The supervisor of the local sandbox {local.id} does not listen: {error}") from error

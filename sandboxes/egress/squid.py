@@ -16,6 +16,7 @@ import pwd
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -42,19 +43,23 @@ STOP_SECONDS: Final = 5.0
 INSTALL: Final = "install Debian's `squid-openssl` (apt-get install squid-openssl openssl ca-certificates)"
 
 _USERS: Final = ("proxy", "squid", "nobody")
-_GUARD: Final = """
+GUARD: Final = """
 folder=$1; shift
+end() { rm -rf "$folder"; kill -KILL 0; }
 exec 3<&0
 "$@" 3<&- </dev/null &
 squid=$!
-(read -r nothing <&3; kill -KILL "$squid"; rm -rf "$folder") >/dev/null 2>&1 &
-guard=$!
+(trap '' TERM; read -r nothing <&3; end) >/dev/null 2>&1 &
 exec 3<&-
-wait "$squid"; status=$?
-kill "$guard" 2>/dev/null
-exit "$status"
+wait "$squid"
+end
 """
-"""Its standard input is a pipe that ends with this process, however that ends: then squid is killed."""
+"""Its standard input is a pipe that ends with this process, however that ends: then squid is killed.
+
+Squid, the shell that waits for it and the one that waits for this process are a group. Whichever shell sees an end
+first takes the folder away and kills the group, itself with it. No number of a process is kept for that: squid's may be
+somebody else's when it is needed, but the group of a shell that lives is its own.
+"""
 
 _LONGEST_LINE: Final = 16 * 1024
 _LONGEST_SAID: Final = 500
@@ -228,7 +233,8 @@ async def running(policy: Policy, options: Options) -> AsyncGenerator[Squid]:
             async with _process(programs, folder, user) as process:
                 squid = Squid(place, process, log, policy.secrets)
                 await _ready(squid)
-                shutil.rmtree(folder)
+                with suppress(FileNotFoundError):  # squid has ended, and its guard takes the folder away
+                    shutil.rmtree(folder)
                 yield squid
         finally:
             os.close(log)
@@ -312,7 +318,7 @@ async def _certificate(openssl: str) -> str:
 async def _process(programs: Programs, folder: Path, user: pwd.struct_passwd | None) -> AsyncGenerator[Process]:
     squid = [programs.squid, "-N", "-d1", "-f", str(folder / "squid.conf")]
     process = await anyio.open_process(
-        ["/bin/sh", "-c", _GUARD, "ridethrough-egress", str(folder), *squid],
+        ["/bin/sh", "-c", GUARD, "ridethrough-egress", str(folder), *squid],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -337,9 +343,17 @@ async def _end(process: Process) -> None:
     with anyio.move_on_after(STOP_SECONDS) as patience:
         await process.wait()
     if patience.cancelled_caught:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
+        _kill_group(process)
     await process.aclose()
+
+
+def _kill_group(process: Process) -> None:
+    """Kill what is left of a process's group, unless the process has been waited for and its number is somebody else's
+    by now. While there is anything left of the group nobody is given its number.
+    """
+    if process.returncode is None or not Path(f"/proc/{process.pid}").exists():
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _ready(squid: Squid) -> None:

@@ -88,9 +88,7 @@ TIERED = (
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('[sandboxes.python]\nimage = "x"', 1),
         ('embeddings = "smart"', 1),
-        ("reaper_seconds = 3", 1),
     ],
 )
 def test_what_is_not_there_yet_is_not_ignored(text: str, line: int) -> None:
