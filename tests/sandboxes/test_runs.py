@@ -33,6 +33,7 @@ from ridethrough.runtime import control
 from ridethrough.runtime.config import Config, parse_config
 from ridethrough.runtime.payload import dump_error
 from ridethrough.runtime.store import Store, StoredRow
+from ridethrough.tools.builtin import fetch_url
 from ridethrough.tools.lodging import Lodging
 from ridethrough.tools.tool import Tool
 
@@ -635,16 +636,21 @@ def ask_around() -> str:
 
 
 async def test_what_a_run_asks_of_the_network_is_on_record(tmp_path: Path, python_image: str) -> None:
-    model = Scripted(call("ask_around"), "done")
+    asks = [call("ask_around", id="a"), call("fetch_url", id="b", url="http://169.254.169.254/latest/meta-data/")]
+    model = Scripted(asks, "done")
     text = 'durability = "process"\nreaper_seconds = 0.1\n[sandboxes.python]\nnetwork = ["on-the-list.test"]\n'
     where = f"sqlite:///{tmp_path / 'runs.db'}"
     async with Runtime.open(where, config=parse_config(text), grace=0.0) as runtime:
-        run = await runtime.start(Agent("worker", model=model, tools=[ask_around]), "go")
+        run = await runtime.start(Agent("worker", model=model, tools=[ask_around, fetch_url]), "go")
         with anyio.fail_after(PATIENCE):
             await run.result()
         assert "403" in model.results[0]
+        assert "169.254.169.254 is not on the list of hosts" in model.results[1]
     store = Store(where)
-    [asked] = store.read_now(lambda connection: store.egress(connection, run.id))
+    asked = store.read_now(lambda connection: store.egress(connection, run.id))
     store.close()
-    assert (asked.host, asked.port, asked.allowed) == ("not-on-the-list.test", 80, False)
-    assert asked.reason
+    assert {(row.host, row.port, row.allowed) for row in asked} == {
+        ("not-on-the-list.test", 80, False),
+        ("169.254.169.254", 80, False),
+    }
+    assert all(row.reason for row in asked)

@@ -6,7 +6,6 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ridethrough.runtime.errors import SandboxTimeout, ToolFailed
-from ridethrough.sandboxes.egress.policy import Entry
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Sandbox
 from ridethrough.tools.builtin.inside import NoPython, run_inside
@@ -45,7 +44,8 @@ async def fetch_url(url: str, ctx: ToolContext) -> str:
 
 
 def _check(url: str, profile: SandboxProfile) -> None:
-    """Say at once what the proxy would refuse, and what to do about it; it is the proxy that enforces it.
+    """Refuse what is no address, and say so at once where there is no network at all. What the list says of a host is
+    for the proxy to decide: it keeps a record of every such question.
 
     Raises:
         ToolFailed: the sandbox may not go there.
@@ -64,11 +64,6 @@ def _check(url: str, profile: SandboxProfile) -> None:
             f"This sandbox has no network. If {host} is to be reached, a person has to allow it in the configuration: "
             f'network = ["{host}"] in [sandboxes.{profile.name}].'
         )
-    if not any(Entry.parse(text).covers(host) for text in profile.network):
-        raise ToolFailed(
-            f"This sandbox may not reach {host}. {_allowed(profile)} A person can add it to network in "
-            f"[sandboxes.{profile.name}]."
-        )
 
 
 def _allowed(profile: SandboxProfile) -> str:
@@ -85,7 +80,10 @@ def _page(url: str, found: dict[str, Any], profile: SandboxProfile) -> str:
         allowed = "" if urlsplit(url).hostname in OWN else f" {_allowed(profile)}"
         raise ToolFailed(f"{url} could not be fetched: {found['error']}.{allowed}")
     if found.get("refused"):
-        raise ToolFailed(f"The proxy refused {url} ({found['refused']}). {_allowed(profile)}")
+        raise ToolFailed(
+            f"The proxy refused {url} ({found['refused']}). {_allowed(profile)} A person can add a host to network in "
+            f"[sandboxes.{profile.name}]."
+        )
     kind = found.get("type") or "of unknown type"
     if "text" not in found:
         size = f"{found['size']} bytes" if found.get("size") else f"more than {MOST} bytes"
