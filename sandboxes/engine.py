@@ -166,9 +166,8 @@ class Engine:
     def _client(self) -> APIClient:
         from docker import APIClient
 
-        # It keeps a connection for each of its last 25 addresses, and each container has its own: one is enough.
         kept = self._kept()
-        return kept or APIClient(str(self.address), version=self.api, timeout=math.ceil(CALL_SECONDS), num_pools=1)
+        return kept or APIClient(str(self.address), version=self.api, timeout=math.ceil(CALL_SECONDS))
 
     def _kept(self) -> APIClient | None:
         try:
