@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-
 DOCKER = ("tests/sandboxes/", "tests/examples/", "tests/docs/", "tests/tools/test_computer", "tests/tools/test_builtin")
 """Tests that look at what the machine's Docker engine has: one after the other."""
 
