@@ -234,6 +234,16 @@ CASES = (
             given("kilobytes", "KB", ".0f"),
         ),
     ),
+    Case(
+        "agent_catalogue",
+        "One agent turn with one tool call, no store: with 10 tools, and with 1000 of which it is shown a few, or all",
+        (System("ridethrough", "ours_catalogue.py"),),
+        tuple(
+            given(f"{name}_{unit}", f"{title}, {words}")
+            for name, title in (("few", "10 tools"), ("searched", "1000, searched"), ("sent", "1000, all sent"))
+            for unit, words in (("ms", "ms"), ("cpu_ms", "CPU ms"))
+        ),
+    ),
     Case("imports", "A fresh interpreter", tuple(System(n, "imports.py", n) for n in IMPORTS), (CPU_MS,)),
     Case("agent_memory", "One agent turn with one tool call, no store", AGENTS, (*TURN, *TURN_100), TURN[0]),
     Case("agent_sqlite", "One agent turn with one tool call, kept in SQLite", AGENTS, (*TURN, *TURN_100), TURN[0]),
