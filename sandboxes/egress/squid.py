@@ -337,13 +337,13 @@ async def _process(programs: Programs, folder: Path, user: pwd.struct_passwd | N
 
 
 async def _end(process: Process) -> None:
-    """Close its standard input, at which the guard kills squid; if that does not help, kill all of them."""
+    """Close its standard input, at which the guard kills squid; if that does not help, or there is no guard any more,
+    kill all of them."""
     assert process.stdin is not None
     await process.stdin.aclose()
-    with anyio.move_on_after(STOP_SECONDS) as patience:
+    with anyio.move_on_after(STOP_SECONDS):
         await process.wait()
-    if patience.cancelled_caught:
-        _kill_group(process)
+    _kill_group(process)
     await process.aclose()
 
 

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ from ridethrough.sandboxes.egress.audit import QUEUE, REASONS, Book, Decision, L
 from ridethrough.sandboxes.egress.egress import CONNECTIONS, Egress
 from ridethrough.sandboxes.egress.policy import NEVER, PRIVATE, Entry, Policy
 from ridethrough.sandboxes.egress.proxies import PROXIES, RESTARTS
-from ridethrough.sandboxes.egress.squid import Programs
+from ridethrough.sandboxes.egress.squid import GUARD, Programs
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Relay
 
@@ -761,6 +762,62 @@ async def test_no_squid_survives_a_worker_that_is_killed() -> None:
         worker.kill()
         await anyio.wait_readable(ended)
         os.close(ended)
+
+
+def _guarded(folder: Path, program: str) -> subprocess.Popen[bytes]:
+    """A program in the place of squid; what holds its output is the program, and the shell that waits for it."""
+    folder.mkdir()
+    for number in range(1000):  # so that it takes a while to remove
+        (folder / f"page-{number}").touch()
+    command = ["/bin/sh", "-c", GUARD, "guard", str(folder), "/bin/sh", "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    return process
+
+
+@pytest.mark.parametrize("shell_is_killed", [False, True])
+def test_squid_ends_with_who_started_it_and_its_folder_is_gone_by_then(tmp_path: Path, shell_is_killed: bool) -> None:
+    folder = tmp_path / "folder"
+    with _guarded(folder, "echo begun; exec sleep 1000") as process:
+        if shell_is_killed:
+            process.kill()
+            process.wait()
+        process.communicate(timeout=20)
+        assert not folder.exists()
+
+
+def test_nothing_is_left_of_a_squid_that_has_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with _guarded(folder, "echo begun") as process:
+        assert process.stdin is not None
+        process.wait(20)
+        assert not folder.exists()
+        poll = select.poll()
+        poll.register(process.stdin, 0)
+        assert [events for _, events in poll.poll(20_000)] == [select.POLLERR]  # nobody waits for its end any more
+
+
+def _shells(squid: int) -> list[int]:
+    """Those that watch over a squid: they are in its group."""
+    command = ["ps", "-o", "pid=,comm=", "-g", str(os.getpgid(squid))]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(pid) for pid, name in (line.split() for line in table.splitlines()) if name == "sh"]
+
+
+async def test_a_squid_whose_shells_were_killed_is_ended(web: Origins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ridethrough.sandboxes.egress.squid.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("ridethrough.sandboxes.egress.egress.FLUSH_SECONDS", 0.2)
+    async with opened(web, []) as egress:
+        await ask(egress.relay_for(profile(web), "a"), get(f"http://good.test:{web.http}/"))
+        (squid,) = _children()
+        ended = os.pidfd_open(squid)
+        shells = _shells(squid)
+        assert len(shells) == 2
+        for shell in shells:
+            os.kill(shell, signal.SIGKILL)
+    await anyio.wait_readable(ended)
+    os.close(ended)
 
 
 # --- what cannot be used --------------------------------------------------------------------------------------------
