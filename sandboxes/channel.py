@@ -32,7 +32,10 @@ ANSWER_SECONDS: Final = 30.0
 """How long a supervisor may take for what needs no command to run."""
 
 REMOVE_SECONDS: Final = 30.0
-"""How long the removal of a stuck sandbox may take before its caller is told that it is gone, removed or not."""
+"""How long the removal of a sandbox may take that is stuck, or broke the protocol."""
+
+TOLD_SECONDS: Final = 5.0
+"""How long that is waited for by those who are told of it: where the host hangs, they are told all the same."""
 
 OUTBOX: Final = 4 * MAX_BODY
 """Bytes that wait for the writer; whoever brings more waits for room."""
@@ -232,6 +235,7 @@ class Channel:
         self._broken = self._removing = False
         self._greeted = anyio.Event()
         self._closed = anyio.Event()
+        self._removed = anyio.Event()
         self._group: TaskGroup | None = None
         self._pauses = _Pauses()
 
@@ -297,8 +301,10 @@ class Channel:
 
     async def stuck(self, op: str, seconds: float) -> SandboxGone:
         """End it because there was no answer to ``op``, and have the sandbox removed; the error is to be raised."""
+        self._broken = self._broken or self._reason is None
         self.end(f"its supervisor did not answer {op!r} within {seconds:g} s, so it was removed")
-        await self._remove()
+        with anyio.move_on_after(TOLD_SECONDS if self._broken else 0):
+            await self._removed.wait()
         return Stuck(self._gone().message)
 
     async def _remove(self) -> None:
@@ -310,6 +316,8 @@ class Channel:
                 await self._on_stuck()
         except Exception as error:
             _log.error("sandbox %s cannot be trusted any more, and cannot be removed: %s", self.name, error)
+        finally:
+            self._removed.set()
 
     async def aclose(self) -> None:
         """End it and wait until its tasks have."""
