@@ -1585,7 +1585,7 @@ class Supervisor:
             call = self.mains.pop(pid, None)
             if call is not None:
                 call.status = status
-                if call.state == "running":
+                if call.state == "running" and self.loop.running:  # else we have ended it ourselves, with all
                     self.conclude(call)
         for call in self.living():
             if call.lingering and self.tree.nothing_beside(set(self.mains)):
