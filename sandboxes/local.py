@@ -10,7 +10,8 @@ same deadlines, results are kept for whoever attaches; but what runs in one runs
 
 RUNTIME is a folder of yours alone. The supervisor is in a session of its own, so it survives the process that started
 it; when it ends (its timer has run out, or it was killed) a shell that has waited for it ends what is left, and takes
-its folder away.
+its folder away. In a sandbox that is frozen the timer stands still, and so does that shell: another one, which waits
+beside it for as long as it is frozen, does that for them.
 """
 
 from __future__ import annotations
@@ -53,21 +54,39 @@ START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 5.0
 """How long a supervisor may take to end what runs in it, before that is done for it."""
 
+FROZEN_SECONDS: Final = 25 * 3600.0
+"""How long a sandbox may be frozen before it is ended: more than the day for which a run's waits for its worker."""
+
 TAG: Final = "RIDETHROUGH_SANDBOX"
 """In the environment of all that runs in a local sandbox: how that is found when its supervisor is dead."""
+
+FROZEN_TAG: Final = "RIDETHROUGH_FROZEN"
+"""In the environment of what waits for a frozen sandbox to have been that for too long; it is not in the sandbox."""
 
 _LONGEST_SOCKET: Final = 100
 _WRAPPED: Final = """
 folder=$1 tag=$2; shift 2
 after() {
     for round in 1 2 3 4 5; do
-        found=$(grep -ls -- "$tag" /proc/[0-9]*/environ) || break
+        found=$(grep -ls -- "$tag" /proc/[0-9]*/environ)  # its status is that of a failure if any process has ended
+        [ "$found" ] || break
         for each in $found; do each=${each#/proc/}; kill -KILL "${each%/environ}"; done
     done
     rm -rf -- "$folder"
 }
 { env "$tag" "$@"; after; } </dev/null >/dev/null 2>&1 & echo $!
 """
+_FROZEN: Final = """
+shell=$1 born=$2 supervisor=$3 seconds=$4
+{
+    sleep "$seconds" && read -r line <"/proc/$shell/stat" || exit
+    set -- ${line##*) }
+    [ "$1 ${20}" = "T $born" ] && kill -KILL "$supervisor" && kill -CONT "$shell"
+} </dev/null >/dev/null 2>&1 &
+"""
+"""Ends the supervisor of a sandbox whose shell is still stopped after that time, and lets the shell do the rest. While
+the shell is stopped it waits for nobody, so the number is still its supervisor's."""
+
 _log = logging.getLogger(__name__)
 _State = Literal["created", "running", "paused", "exited"]
 
@@ -159,7 +178,7 @@ class LocalHost(Host):
     async def attach(self, profile: SandboxProfile, id: str) -> AttachedSandbox:
         """As ``Host.attach``."""
         local = await self._living(id)
-        await _in_thread(lambda: _signal_all(local, signal.SIGCONT))
+        await _in_thread(lambda: _thaw(local))
         return await self._attach(profile, local)
 
     async def remove(self, id: str) -> bool:
@@ -177,7 +196,7 @@ class LocalHost(Host):
     async def pause(self, id: str) -> None:
         """As ``Host.pause``."""
         local = await self._living(id)
-        await _in_thread(lambda: _freeze(local))
+        await _in_thread(lambda: _freeze(self._folder(id), local))
 
     async def resume(self, id: str) -> None:
         """Let a sandbox go on.
@@ -186,7 +205,7 @@ class LocalHost(Host):
             SandboxGone: there is none of that id.
         """
         local = await self._living(id)
-        await _in_thread(lambda: _signal_all(local, signal.SIGCONT))
+        await _in_thread(lambda: _thaw(local))
 
     async def found(self) -> Sequence[Found]:
         """As ``Host.found``."""
@@ -371,6 +390,10 @@ def _all(runtime: Path) -> Iterator[Local]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def _stat_of(pid: int) -> list[str]:
     """The fields of a process after its name; nothing if it is not there."""
     try:
@@ -407,7 +430,7 @@ def _members(local: Local) -> list[int]:
     """All processes of a sandbox: they have its tag in their environment. The shell comes last, and one that has
     cleared its environment is found by its parents, as long as it has some in here."""
     tag = f"{TAG}={local.tag}".encode()
-    parents = {int(name): _stat_of(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    parents = {pid: _stat_of(pid) for pid in _processes()}
     ours = {pid for pid in parents if tag in _environ(pid)} | ({local.pid} if _is_alive(local) else set[int]())
     while new := {pid for pid, fields in parents.items() if pid not in ours and fields and int(fields[1]) in ours}:
         ours |= new
@@ -422,21 +445,62 @@ def _environ(pid: int) -> Sequence[bytes]:
         return ()
 
 
-def _signal_all(local: Local, number: signal.Signals) -> None:
-    for pid in _members(local):
+def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
-def _freeze(local: Local) -> None:
+def _freeze(folder: Path, local: Local) -> None:
     """Stop all that runs: the signal takes a moment, in which something may be started."""
+    _end_waiter(local)
+    _start_waiter(folder, local)  # first, since this process may die at any time
     deadline = time.monotonic() + STOP_SECONDS
     while (members := [pid for pid in _members(local) if _stat_of(pid)[:1] not in (["T"], ["Z"], [])]) and (
         time.monotonic() < deadline
     ):
-        for pid in members:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGSTOP)
+        _signal_all(members, signal.SIGSTOP)
+        time.sleep(0.001)
+
+
+def _thaw(local: Local) -> None:
+    """Let all go on."""
+    _end_waiter(local)
+    _signal_all(_members(local), signal.SIGCONT)
+
+
+def _start_waiter(folder: Path, local: Local) -> None:
+    """Start what ends the sandbox if it stays frozen, whatever becomes of this process."""
+    known = [str(local.pid), str(local.born), str(_supervisor(local)), f"{max(local.linger, FROZEN_SECONDS):g}"]
+    subprocess.run(
+        ["/bin/sh", "-c", _FROZEN, "sh", *known],
+        env={**_environment(folder), FROZEN_TAG: local.tag},
+        cwd="/",
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        timeout=START_SECONDS,
+        check=True,
+    )
+
+
+def _supervisor(local: Local) -> int:
+    """The one child that the shell has.
+
+    Raises:
+        SandboxGone: it has just ended.
+    """
+    for pid in _processes():
+        fields = _stat_of(pid)
+        if fields and int(fields[1]) == local.pid:
+            return pid
+    raise SandboxGone(f"The supervisor of the local sandbox {local.id} has ended.")
+
+
+def _end_waiter(local: Local) -> None:
+    """End what waits for a frozen sandbox, a shell and its ``sleep``."""
+    tag, deadline = f"{FROZEN_TAG}={local.tag}".encode(), time.monotonic() + STOP_SECONDS
+    while (found := [pid for pid in _processes() if tag in _environ(pid)]) and time.monotonic() < deadline:
+        _signal_all(found, signal.SIGKILL)
         time.sleep(0.001)
 
 
@@ -444,6 +508,7 @@ def _remove(folder: Path, local: Local | None) -> bool:
     """End a sandbox and take its folder away; whether there was one."""
     was_there = folder.is_dir()
     if local is not None:
+        _end_waiter(local)
         _stop(local)
     shutil.rmtree(folder, ignore_errors=True)
     return was_there
@@ -454,9 +519,7 @@ def _stop(local: Local) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     while (members := [pid for pid in _members(local) if _is_running(pid)]) and time.monotonic() < deadline:
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in members:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, number)
+            _signal_all(members, number)
         time.sleep(0.002)
 
 

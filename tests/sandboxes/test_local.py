@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -19,7 +21,7 @@ from tests.sandboxes.conformance import PATIENCE, Conformance, OpenHost, box, ma
 
 from ridethrough.runtime.errors import SandboxError, SandboxGone, SandboxUnavailable
 from ridethrough.sandboxes.attached import AttachedSandbox
-from ridethrough.sandboxes.local import LocalHost
+from ridethrough.sandboxes.local import FROZEN_TAG, LocalHost
 from ridethrough.sandboxes.profile import SandboxProfile
 from ridethrough.sandboxes.sandbox import Host, Relay
 
@@ -139,6 +141,46 @@ async def test_a_sandbox_that_nobody_is_attached_to_ends_and_clears_up(
             assert await running(witness, mark) == 0
         with pytest.raises(SandboxGone):
             await host.attach(profile, sandbox.id)
+
+
+@pytest.mark.anyio
+async def test_a_sandbox_that_stays_frozen_ends_and_clears_up(
+    host: LocalHost, runtime: Path, profile: SandboxProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ridethrough.sandboxes.local.FROZEN_SECONDS", 0.2)
+    async with made(host, profile, linger=0.1) as sandbox, made(host, profile) as witness:
+        mark = new_id()
+        await sandbox.start(["sh", "-c", f"sleep 1000; : {mark}"], timeout=PATIENCE)
+        shell = os.pidfd_open(_record(runtime, sandbox.id)["pid"])
+        await sandbox.pause()
+        await anyio.wait_readable(shell)
+        os.close(shell)
+        await sh(witness, f"! grep -l {sandbox.id} {runtime}/*/state.json")
+        assert await running(witness, mark) == 0
+        with pytest.raises(SandboxGone):
+            await host.attach(profile, sandbox.id)
+
+
+@pytest.mark.anyio
+async def test_nothing_waits_for_a_sandbox_that_goes_on_or_is_removed(
+    host: LocalHost, runtime: Path, profile: SandboxProfile
+) -> None:
+    async with made(host, profile) as sandbox, made(host, profile) as witness:
+        waiting = f"grep -ls {FROZEN_TAG}={_record(runtime, sandbox.id)['tag']} /proc/[0-9]*/environ | wc -l"
+        await sandbox.pause()
+        await sandbox.pause()
+        assert await sh(witness, f"while [ $({waiting}) != 2 ]; do sleep 0.01; done; {waiting}") == "2\n"
+        await sandbox.resume()
+        assert await sh(witness, waiting) == "0\n"
+        await sandbox.pause()
+        await sandbox.aclose()
+        assert await sh(witness, waiting) == "0\n"
+
+
+def _record(runtime: Path, id: str) -> dict[str, Any]:
+    """What is on record of a sandbox."""
+    records = [json.loads(path.read_text()) for path in runtime.glob("*/state.json")]
+    return next(record for record in records if record["id"] == id)
 
 
 @pytest.mark.anyio
