@@ -8,6 +8,7 @@ DOCKER = ("tests/sandboxes/", "tests/examples/", "tests/docs/", "tests/tools/tes
 """Tests that look at what the machine's Docker engine has: one after the other."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests of a file to one process, and all that share the engine to the same one."""
     for item in items:
