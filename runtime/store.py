@@ -491,6 +491,10 @@ class Store:
         """What is known of each deployment."""
         return connection.execute(select(DEPLOYMENTS).order_by(DEPLOYMENTS.c.deployment)).all()
 
+    def forget_deployments(self, connection: Connection, names: Sequence[str]) -> None:
+        """Forget what is known of these: somebody else has their names now."""
+        connection.execute(delete(DEPLOYMENTS).where(DEPLOYMENTS.c.deployment.in_(names)))
+
     def keep_deployments(self, connection: Connection, rows: Sequence[Record]) -> None:
         """Let others see what is known of deployments, unless somebody knows something newer."""
         self._upsert(connection, DEPLOYMENTS, "deployment", "at", rows)

@@ -29,7 +29,7 @@ import json, os, sys, traceback
 answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 asked = json.loads(sys.stdin.buffer.read())
-space = {"__name__": "__ridethrough__"}
+space, status = {"__name__": "__ridethrough__"}, 0
 try:
     exec(compile(asked["source"], asked["name"], "exec", dont_inherit=True), space)
     value = space[asked["name"]](**asked["arguments"])
@@ -40,9 +40,10 @@ try:
     text = json.dumps({"value": value}, allow_nan=False)
 except BaseException as error:
     traceback.print_exc()
-    text = json.dumps({"error": type(error).__name__, "message": str(error)})
+    text, status = json.dumps({"error": type(error).__name__, "message": str(error)}), 1
 answer.write(text)
 answer.close()
+os._exit(status) if status else None
 """
 
 

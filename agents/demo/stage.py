@@ -16,12 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
+
 from ridethrough.agents.demo import script, team
 from ridethrough.runtime import views
 from ridethrough.runtime.drill.life import Life, live
 from ridethrough.runtime.errors import Error, UsageError
 from ridethrough.runtime.options import Options
 from ridethrough.runtime.router.providers.simulated import SimulatedProvider
+from ridethrough.runtime.store import Store
+from ridethrough.runtime.tables import SCHEMA_VERSION
 
 TARGET = f"{team.__name__}:report"
 
@@ -153,6 +158,7 @@ async def set_stage(folder: Path, database: str | None) -> AsyncGenerator[Stage]
     else:
         shown = database
     stage = Stage(own, own.name, database, Options(db=shown))
+    await anyio.to_thread.run_sync(_forget_the_providers, database)
     async with _provider(stage, "north") as north, _provider(stage, "south") as south:
         stage.providers = {"north": north, "south": south}
         text = CONFIG.format(
@@ -160,6 +166,17 @@ async def set_stage(folder: Path, database: str | None) -> AsyncGenerator[Stage]
         )
         stage.config.write_text(text, encoding="utf-8")
         yield stage
+
+
+def _forget_the_providers(database: str) -> None:
+    """Those of an earlier performance had failed, and were on their way back: the ones of this one are others."""
+    store = Store(database)
+    try:
+        if store.database.path.exists() and store.version() == SCHEMA_VERSION:
+            with store.writer.begin() as connection:
+                store.forget_deployments(connection, ("north", "south"))
+    finally:
+        store.close()
 
 
 def _provider(stage: Stage, name: str) -> SimulatedProvider:

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
-from ridethrough.runtime.errors import SandboxTimeout, ToolFailed
+from ridethrough.runtime.errors import SandboxError, SandboxTimeout, ToolFailed
 from ridethrough.sandboxes.sandbox import Sandbox
 from ridethrough.tools.context import ToolContext
 from ridethrough.tools.tool import tool
@@ -59,7 +59,7 @@ async def search_files(
     sandbox: Sandbox = ctx.sandbox
     if "\0" in pattern + path + glob:
         raise ToolFailed("A pattern, path or glob has no NUL character.")
-    await sandbox.stat(path)  # what is not there, or outside of the workspace, is told by those who know
+    await _check(sandbox, path)
     argv = ["sh", "-c", _SEARCH, "sh", pattern, path, glob, str(limit), "i" if ignore_case else "", str(WIDEST)]
     try:
         result = await sandbox.exec(argv, timeout=DEADLINE)
@@ -68,6 +68,18 @@ async def search_files(
             f"The search took more than {DEADLINE:g} s. Search in a smaller folder, or with a glob."
         ) from error
     return _found(result.stdout, result.stderr, pattern, limit)
+
+
+async def _check(sandbox: Sandbox, path: str) -> None:
+    """What is not there, or outside of the workspace, is told by those who know; a pipe would be waited for."""
+    found = await sandbox.stat(path)
+    if found.kind == "link":  # it is followed only where a file call may go
+        try:
+            await sandbox.list(path, limit=1)
+        except SandboxError:
+            await sandbox.read(path, limit=1)
+    elif found.kind == "other":
+        raise ToolFailed(f"{path} is neither a file nor a folder.")
 
 
 def _found(output: str, errors: str, pattern: str, limit: int) -> str:
