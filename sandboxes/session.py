@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -136,13 +137,13 @@ class KeptSession(Session, AbstractAsyncContextManager[Session]):
         """End it."""
         await self.aclose()
 
+    @abstractmethod
     def argv(self) -> list[str]:
         """How the interpreter is called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def framed(self, code: str) -> bytes:
         """A piece of code as the interpreter reads it."""
-        raise NotImplementedError
 
     async def run(self, code: str, *, timeout: float = DEFAULT_TIMEOUT) -> ExecResult:
         """As ``Session.run``."""
