@@ -23,9 +23,8 @@ demo: $(VENV)/core.stamp ## Set up and run the built-in example: a brownout, a c
 	@.ci/engine || echo "The demo goes on without a Docker engine."
 	$(BIN)/ridethrough demo
 
-test: $(VENV)/dev.stamp images ## Set up and pass the tests: most in two processes, those against the clock alone
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m "not soak and not alone" $(ARGS)
-	$(BIN)/pytest -m "not soak and alone" $(ARGS)
+test: $(VENV)/dev.stamp images ## Set up and pass the tests
+	$(BIN)/pytest $(ARGS)
 
 check: $(VENV)/dev.stamp ## Lint, check types strictly (mypy and pyright), check who imports whom
 	$(BIN)/ruff check .
