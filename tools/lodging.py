@@ -62,7 +62,8 @@ async def open_lodging(worker: Worker, lodgings: Lodgings) -> AsyncGenerator[Lod
     profiles = _profiles(lodgings)
     async with anyio.create_task_group() as tasks:
         lodging = Lodging(worker, lodgings.config, profiles, lodgings.allow_local, tasks)
-        tasks.start_soon(lodging.look_after)
+        tasks.start_soon(lodging.every_period, lodging.renew)
+        tasks.start_soon(lodging.every_period, lodging.reap_once)
         try:
             yield lodging
         finally:
@@ -386,22 +387,15 @@ class Lodging(Companion):
             if berth.sandbox is not None
         }
 
-    async def look_after(self) -> None:
-        """Renew what this worker holds, keep the audit, and reap, every ``reaper_seconds``.
-
-        Renewing does not wait for the reaper: archiving a workspace may take long.
-        """
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._every_period, self._renew)
-            tasks.start_soon(self._every_period, self.reap_once)
-
-    async def _every_period(self, what: Callable[[], Awaitable[object]]) -> None:
+    async def every_period(self, what: Callable[[], Awaitable[object]]) -> None:
+        """Do something every ``reaper_seconds``. Renewing does not wait for the reaper: archiving may take long."""
         while True:
             await _quietly(what)
             if await self.worker.clock.wait(self._stop, self.claims.now() + self.config.reaper_seconds):
                 return
 
-    async def _renew(self) -> None:
+    async def renew(self) -> None:
+        """Keep the audit, and renew what this worker holds."""
         await self.audit.write()
         await self.claims.renew(list(self._owners()), self.quarters.ready())
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+from sqlalchemy.exc import SQLAlchemyError
 
 from ridethrough.agents.demo import script, team
 from ridethrough.runtime import views
@@ -175,6 +176,8 @@ def _forget_the_providers(database: str) -> None:
         if store.database.path.exists() and store.version() == SCHEMA_VERSION:
             with store.writer.begin() as connection:
                 store.forget_deployments(connection, ("north", "south"))
+    except (SQLAlchemyError, OSError):
+        return  # what is wrong with the database is said when it is used
     finally:
         store.close()
 
