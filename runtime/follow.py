@@ -248,9 +248,10 @@ class Follow:
         try:
             await runtime.resume(run.id)
         except RunConflict as error:
-            if run.status not in FINAL:
-                raise
-            self.display.note(error.message)  # it ended for good: that is what will be reported
+            if run.status in FINAL:
+                self.display.note(error.message)  # it ended for good: that is what will be reported
+            elif (await runtime.describe(run.id, steps=False)).status not in FINAL:
+                raise  # else this very process has taken it up by itself, and it has ended by now
 
     def refused(self, run_id: str, error: Error) -> None:
         """A run that cannot be taken up, among others that can."""
