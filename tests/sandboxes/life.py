@@ -56,7 +56,7 @@ async def model(request: ModelRequest) -> ModelResponse | str:
 worker = Agent("worker", model=model, tools=[work, ledger], tool_concurrency=64)
 
 
-@workflow(name="parallel")
+@workflow(name="sandbox_life")
 async def parallel(start: str) -> str:
     """One agent, one turn with many calls."""
     return (await worker.run(start)).output
